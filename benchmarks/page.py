@@ -1,0 +1,157 @@
+"""The page of a run, in Markdown."""
+
+from __future__ import annotations
+
+import os
+import platform
+import textwrap
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+
+from benchmarks import side
+from benchmarks.figures import FIGURES, Figure, Target
+from benchmarks.harness import Readings, middle
+
+_HEAD = """\
+# Benchmarks
+
+This page was written by `{command}` on {date}; do not edit it.
+
+{facts}
+
+Every side is a whole process that runs one workload, of the same number of workers: as many as
+there are cores. The sides of a figure take turns, {repeat} times (A B C, C B A, ...), and a ratio
+compares two sides within one turn. Given are medians, and in brackets the least and the most. Pools
+are started, and 64 tasks run, before the clock starts; it stops when the last result is in.
+Memory is the growth of the peak of the process's resident memory, per task; what the workers of
+other processes take is not in it. Each side's results are checked. Peers run in environments
+of their own, as anybody installs them, with their defaults where the text says nothing else.
+"""
+
+
+def write(
+    results: Mapping[str, Sequence[Readings]], *, repeat: int, command: str, load: float
+) -> str:
+    """Return the page of all figures that were measured."""
+    measured = [figure for figure in FIGURES if figure.name in results]
+    parts = [
+        _HEAD.format(
+            command=command,
+            date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+            facts=_facts(load),
+            repeat=repeat,
+        )
+    ]
+    parts += [_section(figure, results[figure.name]) for figure in measured]
+    parts.append(_shortfalls(results, measured))
+    return "\n".join(parts)
+
+
+def table(figure: Figure, readings: Sequence[Readings]) -> str:
+    """Return the table of one figure."""
+    stall = figure.unit == "stall"
+    rows = [
+        (
+            "side",
+            "longest stall" if stall else "time per task",
+            "garbage collector's" if stall else "memory per task",
+            f"times {figure.base}",
+            "tasks",
+        )
+    ]
+    for row in readings:
+        rows.append(
+            (
+                row.side.name,
+                _spread(row.seconds, 1e3, " ms") if stall else _spread(row.seconds, 1e6, " µs"),
+                _spread(row.gc, 1e3, " ms") if stall else _spread(row.bytes, 1e-3, " KB"),
+                _spread(row.ratios, 1, "") if set(row.ratios) != {1.0} else "1",
+                f"{row.tasks:,}",
+            )
+        )
+    rows.insert(1, ("---", "---:", "---:", "---:", "---:"))
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def verdicts(figure: Figure, readings: Sequence[Readings]) -> list[tuple[Target, float, bool]]:
+    """Return each target with what was measured and whether that reaches it."""
+    by_name = {row.side.name: row for row in readings}
+    found = []
+    for target in figure.targets:
+        row = by_name[target.side]
+        values = {"ratio": row.ratios, "bytes": row.bytes, "seconds": row.seconds}
+        value = middle(values[target.of])
+        found.append((target, value, value <= target.limit))
+    return found
+
+
+def _section(figure: Figure, readings: Sequence[Readings]) -> str:
+    lines = [f"## {figure.title}", "", _wrap(figure.text), "", table(figure, readings), ""]
+    lines += ["| target | at most | measured | reached |", "| --- | ---: | ---: | --- |"]
+    for target, value, reached in verdicts(figure, readings):
+        wanted, got = (_in_words(target, figure, number) for number in (target.limit, value))
+        lines.append(f"| {target.side} | {wanted} | {got} | {'yes' if reached else '**no**'} |")
+    return "\n".join([*lines, ""])
+
+
+def _shortfalls(results: Mapping[str, Sequence[Readings]], figures: Sequence[Figure]) -> str:
+    lines = ["## What falls short", ""]
+    for figure in figures:
+        missed = [v for v in verdicts(figure, results[figure.name]) if not v[2]]
+        if not missed:
+            continue
+        said = "; ".join(
+            f"{target.side}: {_in_words(target, figure, value)},"
+            f" aimed at {_in_words(target, figure, target.limit)}"
+            for target, value, _ in missed
+        )
+        why = figure.falls_short or "Not explained yet."
+        lines += [f"### {figure.title}", "", _wrap(f"{said}."), "", _wrap(why), ""]
+    if len(lines) == 2:
+        lines += ["Nothing: every target was reached in this run.", ""]
+    return "\n".join(lines)
+
+
+def _in_words(target: Target, figure: Figure, value: float) -> str:
+    if target.of == "ratio":
+        return f"{value:.2f} times {figure.base}"
+    return f"{value / 1000:.2f} KB per task" if target.of == "bytes" else f"{value * 1e3:.0f} ms"
+
+
+def _spread(values: Sequence[float], scale: float, unit: str) -> str:
+    if not values:
+        return ""
+    low, mid, high = (_short(v * scale) for v in (min(values), middle([*values]), max(values)))
+    return f"{mid}{unit} ({low} to {high})"
+
+
+def _short(value: float) -> str:
+    """Three digits, or all of those before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _facts(load: float) -> str:
+    gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    facts = {
+        "cores": f"{side.cores()} ({_processor()})",
+        "memory": f"{gib:.0f} GiB",
+        "kernel": f"{platform.system()} {platform.release()}",
+        "Python": f"{platform.python_implementation()} {platform.python_version()}",
+        "load when it began": f"{load:.2f}",
+        "peers": ", ".join(
+            sorted({r for figure in FIGURES for s in figure.sides for r in s.requirements[:1]})
+        ),
+    }
+    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
+
+
+def _processor() -> str:
+    with open("/proc/cpuinfo") as lines:
+        for line in lines:
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _wrap(text: str) -> str:
+    return textwrap.fill(text, 100, break_long_words=False, break_on_hyphens=False)

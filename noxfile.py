@@ -1,0 +1,104 @@
+"""Everything that is run on the project: `nox -l` lists it, `nox -s NAME` runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "typecheck", "tests"]
+nox.options.default_venv_backend = "uv|virtualenv"
+
+PROJECT = nox.project.load_toml("pyproject.toml")
+PYTHONS = nox.project.python_versions(PROJECT)
+# One version for what does not depend on it: the one that runs nox, if the project supports it.
+_running = f"{sys.version_info.major}.{sys.version_info.minor}"
+MAIN = _running if _running in PYTHONS else PYTHONS[-1]
+
+
+@nox.session(python=PYTHONS)
+def tests(session: nox.Session) -> None:
+    """The tests, on every supported Python that is found: `nox -s tests-3.12` for one."""
+    session.install("-e", ".[dev,dask]")
+    session.run("pytest", "-m", "not demo", *session.posargs)
+
+
+@nox.session(python=MAIN)
+def demo(session: nox.Session) -> None:
+    """The melt workflow: an ensemble of LAMMPS runs, its analysis, a surrogate, a figure."""
+    session.install("-e", ".[demo]")
+    session.run("rhapsody", "run", "examples/melt/workflow.py", *session.posargs)
+
+
+@nox.session(python=MAIN, name="demo-tests")
+def demo_tests(session: nox.Session) -> None:
+    """The tests of the examples, which need what the examples need."""
+    session.install("-e", ".[dev,demo]")
+    session.run("pytest", "tests/test_examples.py", "-m", "demo", *session.posargs)
+
+
+@nox.session(python=MAIN)
+def lint(session: nox.Session) -> None:
+    """Style and likely mistakes."""
+    session.install("ruff>=0.6")
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session(python=MAIN)
+def typecheck(session: nox.Session) -> None:
+    """Types, strictly, of the package and the tests."""
+    session.install("-e", ".[dev,dask]")
+    session.run("mypy")
+
+
+@nox.session(python=MAIN)
+def bench(session: nox.Session) -> None:
+    """The benchmark in its quick form; its own --help says how the page in docs is made."""
+    session.install("-e", ".[dask]")
+    session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))
+
+
+@nox.session(python=MAIN)
+def package(session: nox.Session) -> None:
+    """Build the distributions, and use the wheel in an environment that has nothing else."""
+    out = Path(session.create_tmp(), "dist")
+    session.install("build", "twine")
+    session.run("python", "-m", "build", "--outdir", str(out), silent=True)
+    files = sorted(out.glob("*1.0*"), key=os.path.getmtime)[-2:]
+    session.run("twine", "check", "--strict", *map(str, files))
+    session.run("python", "-m", "pip", "uninstall", "-y", "build", "twine", silent=True)
+    session.install("--force-reinstall", *(str(f) for f in files if f.suffix == ".whl"))
+    with session.chdir(session.create_tmp()):
+        session.run("rhapsody", "backends")
+        session.run("rhapsody", "doctor", success_codes=[0, 1])
+        session.run("python", "-c", _WHEEL_CHECK)
+
+
+_WHEEL_CHECK = """
+import asyncio, importlib.resources, rhapsody
+from rhapsody.backends import ConcurrentExecutionBackend
+
+assert importlib.resources.files("rhapsody").joinpath("py.typed").is_file()
+
+async def main():
+    async with rhapsody.Session(backends=[ConcurrentExecutionBackend()]) as session:
+        task = rhapsody.ComputeTask(executable="echo", arguments=["from the wheel"])
+        await session.submit_tasks([task])
+        print((await task).stdout.strip())
+
+asyncio.run(main())
+"""
+
+
+@nox.session(python=MAIN)
+def integration(session: nox.Session) -> None:
+    """Real clusters: containers and Slurm. Installs what they need through apt where it is root."""
+    session.install(
+        "-e", ".[dev,dask]", "numpy", "dask-jobqueue>=0.9", "docker>=7", "testcontainers>=4.8"
+    )
+    session.run("python", "-m", "tests.integration.machine")
+    session.run("pytest", "tests/integration", "-m", "integration", *session.posargs)

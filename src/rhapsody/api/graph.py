@@ -1,0 +1,113 @@
+"""Dependencies between tasks: who waits for whom, and what takes a parent's place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from graphlib import CycleError, TopologicalSorter
+from typing import Any
+
+from .task import BaseTask, ComputeTask
+
+__all__ = ["bind", "hold_no_tasks", "parents_first", "parents_of"]
+
+_ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
+
+
+def hold_no_tasks(values: Iterable[Any]) -> bool:
+    """Whether it is plain at first sight that no task is among some arguments."""
+    return _ATOMS.issuperset(map(type, values))
+
+
+def parents_of(task: BaseTask) -> list[BaseTask]:
+    """Return the tasks that must end before this one: `after`, and those among its arguments.
+
+    Arguments are searched at the top, and one level into lists, tuples, sets and dicts.
+    """
+    parents = list(task.after)
+    if isinstance(task, ComputeTask):
+        for value in (*task.args, *task.kwargs.values(), *task.arguments):
+            if isinstance(value, BaseTask):
+                parents.append(value)
+            elif type(value) in (list, tuple, set):
+                parents.extend(inner for inner in value if isinstance(inner, BaseTask))
+            elif type(value) is dict:
+                parents.extend(inner for inner in value.values() if isinstance(inner, BaseTask))
+    return parents
+
+
+def bind(task: BaseTask) -> None:
+    """Keep the arguments for the backend with the results of DONE parents in the parents' places.
+
+    The author's own arguments stay as they are.
+    """
+    if isinstance(task, ComputeTask):
+        task._bound = {
+            "args": tuple(_resolve(value) for value in task.args),
+            "kwargs": {name: _resolve(value) for name, value in task.kwargs.items()},
+            "arguments": [_resolve(value) for value in task.arguments],
+        }
+
+
+def _resolve(value: Any) -> Any:
+    if isinstance(value, BaseTask):
+        return _result(value)
+    if type(value) in (list, tuple, set):
+        return type(value)(_result(inner) for inner in value)
+    if type(value) is dict:
+        return {name: _result(inner) for name, inner in value.items()}
+    return value
+
+
+def _result(value: Any) -> Any:
+    # A parent that still runs stays in its place, for an engine that knows dependencies itself.
+    return value.result() if isinstance(value, BaseTask) and value.done() else value
+
+
+def parents_first(tasks: Sequence[BaseTask]) -> tuple[list[BaseTask], dict[str, str]]:
+    """Return tasks in an order in which parents stand before their children.
+
+    Those behind a cycle come last. Tasks in a cycle are left out, and returned by uid with the
+    cycle in words.
+    """
+    places = {task.uid: place for place, task in enumerate(tasks)}
+    graph: dict[str, list[str]] = {}
+    sorted_already = True
+    for place, task in enumerate(tasks):
+        graph[task.uid] = above = [p.uid for p in parents_of(task) if p.uid in places]
+        sorted_already = sorted_already and all(places[uid] < place for uid in above)
+    if sorted_already:
+        return list(tasks), {}
+    sorter = TopologicalSorter(graph)
+    with suppress(CycleError):  # what is in no cycle, and behind none, is still to be had
+        sorter.prepare()
+    order: list[str] = []
+    while ready := sorter.get_ready():
+        order += ready
+        sorter.done(*ready)
+    behind, cycles = _stuck(graph, set(order)) if len(order) < len(graph) else ([], {})
+    return [tasks[places[uid]] for uid in (*order, *behind)], cycles
+
+
+def _stuck(graph: Mapping[str, list[str]], free: set[str]) -> tuple[list[str], dict[str, str]]:
+    """Return those behind cycles, nearest first, and those in cycles with the cycle in words.
+
+    Each that is not free has a parent that is not, so that a walk upwards ends in a cycle. One
+    walk from each, only where none has been before: linear in their number.
+    """
+    behind: list[str] = []
+    cycles: dict[str, str] = {}
+    seen: set[str] = set()
+    for start in graph:
+        path: dict[str, None] = {}
+        uid = start
+        while uid not in free and uid not in seen and uid not in path:
+            path[uid] = None
+            uid = next(parent for parent in graph[uid] if parent not in free)
+        walked = list(path)
+        if uid in path:
+            ring = walked[walked.index(uid) :]
+            cycles.update(dict.fromkeys(ring, " -> ".join([*ring, uid])))
+        behind += [uid for uid in reversed(walked) if uid not in cycles]
+        seen.update(walked)
+    return behind, cycles

@@ -1,0 +1,22 @@
+"""Backends: one room per engine, behind one contract."""
+
+from __future__ import annotations
+
+from .base import BaseBackend, BaseExecutionBackend
+from .constants import BackendMainStates, StateMapper, TasksMainStates
+from .discovery import BackendRegistry, discover_backends, get_backend
+from .execution import ConcurrentExecutionBackend, DaskExecutionBackend, NoopExecutionBackend
+
+__all__ = [
+    "BackendMainStates",
+    "BackendRegistry",
+    "BaseBackend",
+    "BaseExecutionBackend",
+    "ConcurrentExecutionBackend",
+    "DaskExecutionBackend",
+    "NoopExecutionBackend",
+    "StateMapper",
+    "TasksMainStates",
+    "discover_backends",
+    "get_backend",
+]

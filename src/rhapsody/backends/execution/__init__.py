@@ -1,0 +1,9 @@
+"""Backends that run functions and executables."""
+
+from __future__ import annotations
+
+from .concurrent import ConcurrentExecutionBackend
+from .dask_parallel import DaskExecutionBackend
+from .noop import NoopExecutionBackend
+
+__all__ = ["ConcurrentExecutionBackend", "DaskExecutionBackend", "NoopExecutionBackend"]

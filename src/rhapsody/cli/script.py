@@ -1,0 +1,87 @@
+"""Run a user's script as Python itself would, and report its end as Python itself would.
+
+The script owns the main thread, so Ctrl-C reaches its ``asyncio.run``, which cancels the main
+coroutine and lets sessions close.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from types import TracebackType
+
+INTERRUPTED = 128 + signal.SIGINT  # what a shell reports of a command that Ctrl-C ended
+LEAVE_SECONDS = 0.5  # for threads to end by themselves before the user is told of them
+
+
+def run_script(path: str, arguments: Sequence[str], at_end: Callable[[], None]) -> int:
+    """Run ``path`` as ``__main__`` and return the exit code that Python would end with.
+
+    0 when the script came to its end, what it gave to ``sys.exit``, 1 after an uncaught
+    exception, 130 after Ctrl-C. ``at_end`` is called before an exception is reported, so that
+    nothing is drawn over the traceback.
+    """
+    path = os.path.abspath(path)
+    sys.argv = [path, *arguments]
+    if not getattr(sys.flags, "safe_path", False):
+        # realpath: a script that is reached by a link finds its neighbours where it really lies.
+        sys.path[0] = os.path.dirname(os.path.realpath(path))
+    try:
+        runpy.run_path(path, run_name="__main__")
+    except SystemExit as end:
+        at_end()
+        return _exit_code(end.code)
+    except KeyboardInterrupt:
+        # From here on a further Ctrl-C ends the process at once, without waiting for threads.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        at_end()
+        left = _threads_that_stay()
+        more = f"; {left} of its threads still run, Ctrl-C again ends them" if left else ""
+        print(f"rhapsody: interrupted{more}", file=sys.stderr)
+        return INTERRUPTED
+    except BaseException as error:
+        at_end()
+        error = error.with_traceback(_user_frames(error.__traceback__, path))
+        # Not a print of ours: the script may have set a hook of its own.
+        sys.excepthook(type(error), error, error.__traceback__)
+        return 1
+    at_end()
+    return 0
+
+
+def _threads_that_stay() -> int:
+    """How many threads Python will wait for at its exit, beyond those that are about to end."""
+    waited_for = [
+        thread
+        for thread in threading.enumerate()
+        if thread is not threading.main_thread() and not thread.daemon
+    ]
+    deadline = time.monotonic() + LEAVE_SECONDS
+    for thread in waited_for:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    return sum(thread.is_alive() for thread in waited_for)
+
+
+def _exit_code(code: object) -> int:
+    """The process's exit code for what was given to ``sys.exit``; other objects are printed."""
+    if code is None:
+        return 0
+    if isinstance(code, int):
+        return code
+    print(code, file=sys.stderr)
+    return 1
+
+
+def _user_frames(frames: TracebackType | None, path: str) -> TracebackType | None:
+    """The traceback from the script's own first frame on: none, for a script that never began.
+
+    A ``SyntaxError`` in the script has no frame of it, and says by itself where it is.
+    """
+    while frames is not None and frames.tb_frame.f_code.co_filename != path:
+        frames = frames.tb_next
+    return frames

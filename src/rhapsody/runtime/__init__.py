@@ -1,0 +1,1 @@
+"""Private machinery that the rooms share; nothing here is public API."""

@@ -1,0 +1,1 @@
+"""Tests against real engines: Docker, Slurm, Dask over both."""
