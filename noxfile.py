@@ -94,7 +94,7 @@ asyncio.run(main())
 """
 
 
-@nox.session(python=MAIN)
+@nox.session(python="3.11")  # the image's Python: functions travel to its workers as bytecode
 def integration(session: nox.Session) -> None:
     """Real clusters: containers and Slurm. Installs what they need through apt where it is root."""
     session.install(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,3 +27,13 @@ def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     for name in ("RHAPSODY_WORK_DIR", "RHAPSODY_LOG_LEVEL", "RHAPSODY_SITE", "SLURM_CPUS_ON_NODE"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(autouse=True)
+def _shared_memory_of_killed_ranks() -> Iterator[None]:
+    """MPICH's programs leave their segment behind when they are killed: take it away."""
+    here = Path("/dev/shm")
+    before = set(here.glob("mpich_shm_*"))
+    yield
+    for segment in set(here.glob("mpich_shm_*")) - before:
+        segment.unlink(missing_ok=True)

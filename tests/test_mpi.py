@@ -39,16 +39,6 @@ assert mpi.MPI_Finalize() == 0
 """
 
 
-@pytest.fixture(autouse=True)
-def _shared_memory_of_killed_ranks() -> Iterator[None]:
-    """MPICH's ranks leave their segment behind when they are killed: take it away."""
-    here = Path("/dev/shm")
-    before = set(here.glob("mpich_shm_*"))
-    yield
-    for segment in set(here.glob("mpich_shm_*")) - before:
-        segment.unlink(missing_ok=True)
-
-
 def library() -> str:
     files = importlib.metadata.files("mpich") or []
     (found,) = [file for file in files if file.name == "libmpi.so.12"]
