@@ -5,7 +5,13 @@ from __future__ import annotations
 from .base import BaseBackend, BaseExecutionBackend
 from .constants import BackendMainStates, StateMapper, TasksMainStates
 from .discovery import BackendRegistry, discover_backends, get_backend
-from .execution import ConcurrentExecutionBackend, DaskExecutionBackend, NoopExecutionBackend
+from .execution import (
+    ConcurrentExecutionBackend,
+    DaskExecutionBackend,
+    DragonExecutionBackend,
+    DragonExecutionBackendV3,
+    NoopExecutionBackend,
+)
 
 __all__ = [
     "BackendMainStates",
@@ -14,6 +20,8 @@ __all__ = [
     "BaseExecutionBackend",
     "ConcurrentExecutionBackend",
     "DaskExecutionBackend",
+    "DragonExecutionBackend",
+    "DragonExecutionBackendV3",
     "NoopExecutionBackend",
     "StateMapper",
     "TasksMainStates",

@@ -22,6 +22,8 @@ _BUILT_IN: dict[str, tuple[str, str | None, str | None]] = {
     "concurrent": (f"{_EXECUTION}.concurrent:ConcurrentExecutionBackend", None, None),
     "noop": (f"{_EXECUTION}.noop:NoopExecutionBackend", None, None),
     "dask": (f"{_EXECUTION}.dask_parallel:DaskExecutionBackend", "distributed", "dask"),
+    "dragon_v3": (f"{_EXECUTION}.dragon:DragonExecutionBackendV3", "dragon", "dragon"),
+    "dragon": (f"{_EXECUTION}.dragon:DragonExecutionBackendV3", "dragon", "dragon"),
 }
 
 # An engine's name in other package managers, where it is another than on PyPI.

@@ -73,7 +73,10 @@ class TaskExecutionError(RhapsodyError):
 
     `exit_code` is the program's own, the negative signal number where a signal ended it, and as
     a shell has it 127 for a program that is not there and 126 for one that may not be run.
+    `exit_codes` are those of all ranks of a job, where the engine tells of each; else None.
     """
+
+    exit_codes: list[int] | None = None
 
     def __init__(self, uid: str, stderr: str | None = None, exit_code: int | None = None) -> None:
         self.uid = uid

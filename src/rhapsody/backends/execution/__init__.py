@@ -4,6 +4,13 @@ from __future__ import annotations
 
 from .concurrent import ConcurrentExecutionBackend
 from .dask_parallel import DaskExecutionBackend
+from .dragon import DragonExecutionBackend, DragonExecutionBackendV3
 from .noop import NoopExecutionBackend
 
-__all__ = ["ConcurrentExecutionBackend", "DaskExecutionBackend", "NoopExecutionBackend"]
+__all__ = [
+    "ConcurrentExecutionBackend",
+    "DaskExecutionBackend",
+    "DragonExecutionBackend",
+    "DragonExecutionBackendV3",
+    "NoopExecutionBackend",
+]

