@@ -216,7 +216,9 @@ class _Worker:
         self.crew = int(crew)
         self.pid = int(pid)
         self.told = 0
-        self.pidfd = os.pidfd_open(self.pid)
+        self.pidfd = -1
+        with contextlib.suppress(ProcessLookupError):  # it has died before it was ever seen
+            self.pidfd = os.pidfd_open(self.pid)
 
     def runs(self) -> int:
         """The number of the task that it runs, or ran last; 0 for none."""
@@ -261,7 +263,7 @@ class _Agent:
 
     def _wait(self) -> list[_Worker]:
         """Wait for the end of a worker, not for long, and return those that have ended."""
-        ended = {fd for fd, _ in self.poll.poll(_LOOK_EVERY * 1000)}
+        ended = {-1, *(fd for fd, _ in self.poll.poll(_LOOK_EVERY * 1000))}
         return [worker for worker in self.workers.values() if worker.pidfd in ended]
 
     def _look(self) -> list[tuple[Any, ...]]:
@@ -270,12 +272,9 @@ class _Agent:
             names = [e.path for e in entries if e.name.startswith("worker-")]
         for path in names:
             if path not in self.workers:
-                try:
-                    worker = self.workers[path] = _Worker(path)
-                except OSError:  # it has ended already, as a worker that had nothing to do
-                    os.unlink(path)
-                    continue
-                self.poll.register(worker.pidfd, select.POLLIN)
+                worker = self.workers[path] = _Worker(path)
+                if worker.pidfd >= 0:
+                    self.poll.register(worker.pidfd, select.POLLIN)
         begun = []
         for worker in self.workers.values():
             number = worker.runs()
@@ -285,8 +284,9 @@ class _Agent:
         return begun
 
     def _bury(self, worker: _Worker) -> list[tuple[Any, ...]]:
-        self.poll.unregister(worker.pidfd)
-        os.close(worker.pidfd)
+        if worker.pidfd >= 0:
+            self.poll.unregister(worker.pidfd)
+            os.close(worker.pidfd)
         del self.workers[worker.path]
         number = worker.runs()
         os.unlink(worker.path)

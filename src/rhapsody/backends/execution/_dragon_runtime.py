@@ -153,7 +153,7 @@ class Runtime:
             env=environ,
             limit=1 << 20,
             # Ctrl-C is ours to answer; in a session of its own it hangs.
-            **{"process_group": 0},
+            process_group=0,  # type: ignore[call-arg]  # since 3.11, as Dragon
         )
         self._children.guard(self._process.pid)
         try:
