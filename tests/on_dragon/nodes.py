@@ -89,7 +89,7 @@ class _Box:
 
     def processes(self, keepers: Sequence[int] = ()) -> dict[int, str]:
         """Command lines of what runs in here, by pid; not those that hold it or `keepers`."""
-        found = {}
+        found: dict[int, str] = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and int(entry.name) not in (*self._keepers, *keepers):
                 # A zombie, or one that ends just now, has no command line any more.
@@ -189,7 +189,8 @@ class _Place:
         cwd: str | os.PathLike[str],
     ) -> tuple[list[str], dict[str, str]]:
         """The command line that enters and runs `command`, and its environment."""
-        words = [sys.executable, "-I", "-S", "-c", _ENTER, os.fspath(cwd), *map(os.fspath, command)]
+        words = [sys.executable, "-I", "-S", "-c", _ENTER, os.fspath(cwd)]
+        words += [os.fspath(word) for word in command]
         return self._front.entered(words), self._environment(env)
 
     def run(

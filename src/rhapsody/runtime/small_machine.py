@@ -57,7 +57,7 @@ def _patient_front_end(module: Any) -> None:
         self: Any, expected_type: type, count: int = 1, *, what: str | None = None
     ) -> list[Any]:
         early = self.__dict__.setdefault("_early_startup_msgs", [])
-        found = []
+        found: list[Any] = []
         for message in list(early):
             if isinstance(message, expected_type) and len(found) < count:
                 early.remove(message)

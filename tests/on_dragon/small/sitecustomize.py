@@ -10,7 +10,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from rhapsody_small_machine import install
+# As the product's sitecustomize has loaded it, before it ran this one.
+from rhapsody_small_machine import install  # type: ignore[import-not-found]
 
 
 def _cpus(module: Any) -> None:

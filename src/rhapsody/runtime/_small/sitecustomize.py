@@ -1,4 +1,4 @@
-"""Applies ``small_machine`` in this Python, then runs the ``sitecustomize`` that it stands before."""
+"""Applies ``small_machine`` in this Python, then runs the ``sitecustomize`` that this one hides."""
 
 from __future__ import annotations
 
