@@ -10,6 +10,7 @@ over() { # FILE: what stdin says is read there, in this namespace; nothing stays
 }
 
 mount -t tmpfs -o "size=$1" tmpfs /dev/shm
+mount -t tmpfs tmpfs /var/tmp # TMPDIR: Dragon writes a file there for every node that it has seen
 if [ -n "$2" ]; then
   echo "$2" >/proc/sys/kernel/hostname
   # Dragon makes a node's id of it, and two nodes need two.
@@ -17,6 +18,7 @@ if [ -n "$2" ]; then
 fi
 if [ -n "$3" ]; then
   echo "$3" | over /etc/hosts
+  : | over /etc/resolv.conf # or every look-up of what is not there would wait for an answer
 fi
 echo ready
 # Ignored, so that the kernel reaps what is handed to us; not in this shell, whose read it would end.

@@ -1,9 +1,9 @@
 """One node, or several and a front end, out of namespaces of this machine.
 
-A `Sandbox` has its own ``/dev/shm``, mounts, IPC and processes. `Nodes` has that and a network,
-hostname and boot id for each of ``node1`` ... ``nodeN``, and a front end where commands run that
-reaches them by an ``ssh`` of its own. All of it ends with the object, or with this process,
-however that ends; nothing is kept on the disk.
+A `Sandbox` has its own ``/dev/shm``, ``/var/tmp``, mounts, IPC and processes. `Nodes` has that and
+a network, hostname and boot id for each of ``node1`` ... ``nodeN``, and a front end where commands
+run that reaches them by an ``ssh`` of its own. All of it ends with the object, or with this
+process, however that ends; nothing is kept on the disk.
 
 By hand, as root: ``python -m tests.on_dragon.nodes 2 COMMAND...`` (0: a sandbox).
 """
@@ -215,6 +215,10 @@ class _Place:
         """
         return self._front.left(grace)
 
+    def processes(self) -> dict[int, str]:
+        """Command lines of what runs here, by pid as this process numbers them."""
+        return self._front.processes()
+
     def kill_all(self) -> None:
         """Kill all that commands have started, and let /dev/shm be as it is."""
         self._front.kill_all()
@@ -225,7 +229,8 @@ class _Place:
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
         path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
-        return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **more}
+        own = {"PATH": path, "PYTHONUNBUFFERED": "1", "TMPDIR": "/var/tmp"}
+        return {**os.environ, **own, **more}
 
     def __enter__(self) -> Self:
         return self
@@ -306,6 +311,13 @@ class Nodes(_Place):
         """Whether a node is there."""
         return self._boxes[host].alive()
 
+    def processes(self) -> dict[int, str]:
+        """Command lines of what runs here, by pid as this process numbers them."""
+        found = self._front.processes(self._node_keepers())
+        for box in self._boxes.values():
+            found |= box.processes()
+        return found
+
     def kill_all(self) -> None:
         """Kill all that commands have started, on the front end and on every node."""
         keepers = self._node_keepers()
@@ -336,7 +348,7 @@ class Nodes(_Place):
             **env,
             "PATH": f"{_HERE / 'bin'}:{env['PATH']}",
             "RHAPSODY_NODES": " ".join(self._reached),
-            "RHAPSODY_SENDS": " ".join(["PYTHONUNBUFFERED", "VIRTUAL_ENV", *more]),
+            "RHAPSODY_SENDS": " ".join(["PYTHONUNBUFFERED", "TMPDIR", "VIRTUAL_ENV", *more]),
         }
 
 
