@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,8 +72,8 @@ async def _errors() -> None:
     tasks = await work.run(
         ComputeTask(function=work.raise_odd),
         ComputeTask(function=work.unpicklable),
-        ComputeTask(function=__import__("sys").exit, args=(4,)),
-        ComputeTask(function=work.add, args=(__import__("sys")._getframe(), 1)),
+        ComputeTask(function=sys.exit, args=(4,)),
+        ComputeTask(function=work.add, args=(sys._getframe(), 1)),
         ComputeTask(function=work.add, args=(1, 1)),
     )
     odd, result, left, argument, fine = tasks
@@ -286,7 +288,6 @@ def test_constructor_refuses(settings: dict[str, Any], words: str) -> None:
 async def _cancel_running() -> None:
     for fields in (
         {"function": work.spin, "args": (30.0,)},
-        {"function": work.later, "args": ("x",)} and {"function": work.spin, "args": (30.0,)},
         {"executable": "sleep", "arguments": ["30"]},
         {"executable": "/bin/sleep", "arguments": ["30"], **options(process_template={})},
         {"function": work.spin, "args": (30.0,), **options(isolated=True)},
@@ -384,7 +385,7 @@ async def _close_while_running() -> list[str]:
     ]
     await work.session().submit_tasks(tasks)
     while tasks[0].state != "RUNNING":
-        await __import__("asyncio").sleep(0.05)
+        await asyncio.sleep(0.05)
     took = await work.close_session()
     assert took < 25
     await work.open_session()

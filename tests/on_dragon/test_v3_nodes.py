@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -83,7 +85,7 @@ async def _kill(marker: str) -> dict[str, Any]:
     tasks += [ComputeTask(executable="sleep", arguments=["60"]) for _ in range(4)]
     await work.session().submit_tasks(tasks)
     while not any(task.state == "RUNNING" for task in tasks):
-        await __import__("asyncio").sleep(0.05)
+        await asyncio.sleep(0.05)
     Path(marker).touch()
     began = time.monotonic()
     await work.session().wait_tasks(tasks, timeout=40)
@@ -103,7 +105,6 @@ def test_a_lost_node_settles_everything(tmp_path: Path) -> None:
     marker = tmp_path / "running"
     with Nodes(2) as nodes:
         runtime = Runtime(nodes, small.environment(), cwd=tmp_path)
-        import threading
 
         def killer() -> None:
             while not marker.exists():
@@ -117,3 +118,4 @@ def test_a_lost_node_settles_everything(tmp_path: Path) -> None:
         assert took["settled"] < 15
         assert took["closed"] < 10
         nodes.kill_all()
+        runtime.command.wait()
