@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 import time
 from collections.abc import Iterator
@@ -117,5 +118,5 @@ def test_a_lost_node_settles_everything(tmp_path: Path) -> None:
         thread.join()
         assert took["settled"] < 15
         assert took["closed"] < 10
-        nodes.kill_all()
-        runtime.command.wait()
+        with contextlib.suppress(TimeoutError):  # Dragon's launcher never ends after that
+            runtime.stop(5.0)
