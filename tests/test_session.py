@@ -1240,6 +1240,12 @@ def test_the_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Session(uid="s", work_dir=str(tmp_path / "given")).path.name == "s.1"
 
 
+@pytest.mark.parametrize("work_dir", [5, 0, b"x", ["x"]])
+def test_a_work_directory_is_a_path(work_dir: Any) -> None:
+    with pytest.raises(SessionError, match="work_dir must be"):
+        Session(work_dir=work_dir)
+
+
 @pytest.mark.parametrize("kind", ["dangling", "file", "below a file", "proc", "nul"])
 async def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path, kind: str) -> None:
     (tmp_path / "dangling").symlink_to("/missing/folder")

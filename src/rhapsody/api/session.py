@@ -46,8 +46,8 @@ class Session:
             current folder, where none is given.
 
     Raises:
-        SessionError: two backends have one name, something is not a backend, or the uid cannot
-            name a folder.
+        SessionError: two backends have one name, something is not a backend, the uid cannot
+            name a folder, or `work_dir` is no path.
     """
 
     def __init__(
@@ -57,6 +57,9 @@ class Session:
         work_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.uid = f"session.{next(_session_numbers):04d}" if uid is None else _check_uid(uid)
+        given_dir: Any = work_dir
+        if given_dir is not None and not isinstance(given_dir, (str, os.PathLike)):
+            raise SessionError(f"work_dir must be the path of a folder, not {work_dir!r}")
         self.work_dir = Path(work_dir or os.environ.get("RHAPSODY_WORK_DIR") or Path.cwd())
         self._path: Path | None = None
         self._flow = Flow(self.uid, lambda: str(self.path))
