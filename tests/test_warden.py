@@ -43,9 +43,10 @@ def roster(tmp_path: Path) -> Iterator[Roster]:
 
 def drive(program: str, *before: str) -> subprocess.CompletedProcess[str]:
     """Run a program with helpers of this folder in a process of its own."""
+    paths = [str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     return subprocess.run(
         [*before, sys.executable, "-W", "error", "-c", program],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
         capture_output=True,
         text=True,
         timeout=PATIENCE,
