@@ -263,7 +263,25 @@ async def test_shutdown_settles_what_an_engine_leaves_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"executor": 5}, {"executor": ProcessPoolExecutor}, {"slots": 0}, {"slots": "2"}]
+    "given",
+    [
+        {"executor": 5},
+        {"executor": ProcessPoolExecutor},
+        {"slots": 0},
+        {"slots": -1},
+        {"slots": True},
+        {"slots": 1.0},
+        {"slots": "2"},
+        {"grace": "x"},
+        {"grace": None},
+        {"grace": True},
+        {"grace": -1},
+        {"grace": float("nan")},
+        {"grace": float("inf")},
+        {"name": None},
+        {"name": ""},
+        {"name": 5},
+    ],
 )
 def test_the_local_backend_refuses_what_it_cannot_use(given: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match="must be"):

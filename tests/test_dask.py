@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 import importlib
 import json
@@ -233,6 +234,25 @@ def test_ranks_run_under_mpiexec(run: Any, tmp_path: Path, monkeypatch: pytest.M
         else:
             assert isinstance(task.exception, ResourceError)
             assert "mpiexec" in str(task.exception)
+
+    run(scenario)
+
+
+def test_a_text_of_any_class_is_its_text(run: Any) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        class Word(str, enum.Enum):
+            PRINT = "printenv"
+            NAME = "COLOUR"
+            RED = "red"
+
+        given = options(env={Word.NAME: Word.RED})
+        tasks = [ComputeTask(executable=Word.PRINT, arguments=[Word.NAME], **given)]
+        tasks += [ComputeTask(executable="printenv", arguments=["COLOUR"], **given)]
+        tasks += [ComputeTask(executable="echo", arguments=["red"]) for _ in range(4)]
+        last = ComputeTask(function=add, args=(1,))
+        await ended(session, *tasks, last)
+        assert [task.stdout for task in tasks] == ["red\n"] * 6
+        assert last.return_value == 2
 
     run(scenario)
 

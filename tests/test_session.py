@@ -1240,6 +1240,31 @@ def test_the_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert Session(uid="s", work_dir=str(tmp_path / "given")).path.name == "s.1"
 
 
+@pytest.mark.parametrize("work_dir", [5, 0, b"x", ["x"]])
+def test_a_work_directory_is_a_path(work_dir: Any) -> None:
+    with pytest.raises(SessionError, match="work_dir must be"):
+        Session(work_dir=work_dir)
+
+
+@pytest.mark.parametrize("kind", ["dangling", "file", "below a file", "proc", "nul"])
+async def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "dangling").symlink_to("/missing/folder")
+    (tmp_path / "file").touch()
+    place = {"below a file": "file/below", "proc": "/proc/nope", "nul": "a\0b"}.get(kind, kind)
+    backend = ConcurrentExecutionBackend(slots=1)
+    async with Session([backend], work_dir=place) as session:
+        with pytest.raises(SessionError, match="work_dir") as caught:
+            session.path.exists()
+        assert repr(place) in str(caught.value)
+        task = ComputeTask(executable="true", retries=3)
+        other = ComputeTask(function=double, args=(1,))
+        await session.submit_tasks([task, other])
+        await session.wait_tasks([task, other], timeout=60)
+    assert (task.state, other.state) == ("FAILED", "DONE")
+    assert isinstance(task.exception, SessionError)
+    assert "work_dir" in str(task.exception)
+
+
 @pytest.mark.parametrize("uid", ["a/b", "..", 5, "a\0b"])
 def test_a_session_uid_is_the_name_of_a_folder(uid: Any) -> None:
     with pytest.raises(SessionError, match="uid must be"):

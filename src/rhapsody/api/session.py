@@ -6,6 +6,7 @@ It takes tasks in and finds their backends; their way from there to their end is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
@@ -45,8 +46,8 @@ class Session:
             current folder, where none is given.
 
     Raises:
-        SessionError: two backends have one name, something is not a backend, or the uid cannot
-            name a folder.
+        SessionError: two backends have one name, something is not a backend, the uid cannot
+            name a folder, or `work_dir` is no path.
     """
 
     def __init__(
@@ -56,6 +57,9 @@ class Session:
         work_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         self.uid = f"session.{next(_session_numbers):04d}" if uid is None else _check_uid(uid)
+        given_dir: Any = work_dir
+        if given_dir is not None and not isinstance(given_dir, (str, os.PathLike)):
+            raise SessionError(f"work_dir must be the path of a folder, not {work_dir!r}")
         self.work_dir = Path(work_dir or os.environ.get("RHAPSODY_WORK_DIR") or Path.cwd())
         self._path: Path | None = None
         self._flow = Flow(self.uid, lambda: str(self.path))
@@ -109,18 +113,29 @@ class Session:
         """The session's own folder, below `work_dir`; made when it is first asked for.
 
         It is named by the uid, with a number behind it where an earlier run has left one.
+
+        Raises:
+            SessionError: `work_dir` cannot be made, or nothing can be made in it.
         """
         if self._path is None:
-            for number in itertools.count():
-                path = self.work_dir / (f"{self.uid}.{number}" if number else self.uid)
-                try:
-                    path.mkdir(parents=True)
-                except FileExistsError:
-                    continue
-                self._path = path.absolute()
-                break
-        assert self._path is not None
+            try:
+                self._path = self._make_path().absolute()
+            except (OSError, ValueError) as error:  # the latter of a NUL
+                raise SessionError(
+                    f"session '{self.uid}' cannot make its folder in work_dir"
+                    f" {str(self.work_dir)!r}: {error}"
+                ) from error
         return self._path
+
+    def _make_path(self) -> Path:
+        # Apart from the loop: only there does FileExistsError say that the next number may do.
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            path = self.work_dir / (f"{self.uid}.{number}" if number else self.uid)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+        raise AssertionError("numbers do not end")
 
     # ------------------------------------------------------------------ submit
 

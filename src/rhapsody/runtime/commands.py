@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from .texts import plain, word_of
 
 __all__ = ["LOCAL_MPI", "command_of", "inputs_of", "noting_failure", "words_for_mpiexec"]
 
@@ -36,10 +37,11 @@ def command_of(task: Any, *, shell: bool = False) -> list[str]:
     """
     bound = None if isinstance(task, dict) else task._bound
     arguments = (task.get("arguments") or []) if bound is None else bound["arguments"]
-    words = [os.fsdecode(a) if isinstance(a, (bytes, os.PathLike)) else str(a) for a in arguments]
+    words = [word_of(argument) for argument in arguments]
+    program = plain(task["executable"])
     if shell:
-        return ["/bin/sh", "-c", " ".join([task["executable"], *map(shlex.quote, words)])]
-    return [task["executable"], *words]
+        return ["/bin/sh", "-c", " ".join([program, *map(shlex.quote, words)])]
+    return [program, *words]
 
 
 def words_for_mpiexec(argv: list[str]) -> list[str]:
