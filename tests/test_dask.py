@@ -266,6 +266,11 @@ def test_plain_dicts_without_a_session(cluster: Any) -> None:
         ({"function": add, **options(resources={"GPU": "one"})}, "numbers"),
         ({"function": add, **options(resources=["GPU"])}, "a dict of numbers"),
         ({"function": add, **options(allow_other_workers=True)}, "needs workers"),
+        ({"function": add, **options(workers="")}, "an address or name"),
+        ({"function": add, **options(workers=[1.5])}, "an address or name"),
+        ({"function": add, **options(key="")}, "UTF-8"),
+        ({"function": add, **options(key="half a \ud800")}, "UTF-8"),
+        ({"function": add, **options(retries=-1)}, "how many more"),
         ({"function": add, "resources": Resources(ranks=2)}, "one rank"),
         ({"function": add, "resources": Resources(env={"A": "b"})}, "process"),
         ({"executable": "ls", **options(env={"A": 1})}, "texts"),
@@ -449,6 +454,83 @@ def test_dask_s_own_options(run: Any) -> None:
         )
         assert named.return_value == 2
         assert tied.return_value == pid
+
+    run(scenario)
+
+
+def test_a_graph_that_the_scheduler_refuses_fails_alone(run: Any, cluster: Any) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        nowhere = [
+            ComputeTask(function=add, args=(i,), **options(workers="nowhere.invalid:8000"))
+            for i in range(3)
+        ]
+        nobody = ComputeTask(executable="true", **options(workers=["nobody", 99]))
+        child = ComputeTask(function=add, args=(nowhere[1],))
+        grandchild = ComputeTask(function=add, args=(child,))
+        good = ComputeTask(function=add, args=(1,))
+        await ended(session, good, *nowhere, nobody, child, grandchild)
+        assert good.return_value == 2
+        for task in (*nowhere, nobody):
+            assert isinstance(task.exception, BackendError), task
+            assert "workers=" in str(task.exception)
+            assert task.exception.__cause__ is not None
+        assert isinstance(child.exception, DependencyError)
+        assert isinstance(grandchild.exception, DependencyError)
+        late = ComputeTask(function=add, args=(1,), after=[good], **options(workers=(0, 1)))
+        await ended(session, late)
+        assert late.return_value == 2
+
+    run(scenario)
+
+
+def test_options_that_the_client_refuses_fail_their_own_tasks(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(session: Session, backend: Any) -> None:
+        take = backend.client.map
+
+        def refuse_some(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("priority") == 7:
+                raise TypeError("not this one")
+            return take(*args, **kwargs)
+
+        monkeypatch.setattr(backend.client, "map", refuse_some)
+        bad = ComputeTask(function=add, args=(1,), **options(priority=7))
+        child = ComputeTask(function=add, args=(bad,))
+        good = ComputeTask(function=add, args=(1,))
+        await ended(session, child, bad, good)
+        assert good.return_value == 2
+        assert "not this one" in str(bad.exception)
+        assert isinstance(child.exception, DependencyError)
+
+    run(scenario)
+
+
+def test_a_program_whose_name_is_no_text(run: Any, tmp_path: Path) -> None:
+    program = os.fsencode(tmp_path) + b"/\xff"
+    Path(os.fsdecode(program)).symlink_to("/bin/echo")
+
+    async def scenario(session: Session, _: Any) -> None:
+        (task,) = await ended(
+            session, ComputeTask(executable=os.fsdecode(program), arguments=["hi"])
+        )
+        assert task.stdout == "hi\n"
+
+    run(scenario)
+
+
+def test_an_interrupted_connection_fails_what_is_in_flight(run: Any) -> None:
+    async def scenario(session: Session, backend: Any) -> None:
+        task = ComputeTask(function=time.sleep, args=(2,))
+        await session.submit_tasks([task])
+        await until(lambda: task.state == "RUNNING")
+        await backend._engine.call(backend.client.scheduler_comm.comm.abort)
+        await session.wait_tasks([task], timeout=30)
+        assert isinstance(task.exception, BackendError)
+        assert task.exception.transient
+        await until(lambda: backend.client.status == "running")
+        (again,) = await ended(session, ComputeTask(function=add, args=(1,)))
+        assert again.return_value == 2
 
     run(scenario)
 

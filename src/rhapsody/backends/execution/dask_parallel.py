@@ -2,9 +2,10 @@
 
 A burst of tasks becomes one graph message; how its keys end comes back as one event per burst (see
 `_dask_herald`), and the results are gathered together. This module has the backend;
-`_dask_engine` the connection, `_dask_flight` what is kept of a task, `_dask_pack` its way to Dask
-and `_dask_results` its way back, `_dask_stop` how it is stopped; `_dask_worker` and `_dask_herald`
-run on workers and scheduler. It is long, because what is in flight has one owner, on two loops.
+`_dask_engine` the connection, `_dask_flight` what is kept of a task, `_dask_pack` and
+`_dask_graphs` its way to Dask and `_dask_results` its way back, `_dask_stop` how it is stopped;
+`_dask_worker` and `_dask_herald` run on workers and scheduler. It is long, because what is in
+flight has one owner, on two loops.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from ._dask_flight import (
 from ._dask_stop import ANSWER, tell_to_stop
 
 if TYPE_CHECKING:
+    from ._dask_graphs import Graphs
     from ._dask_pack import Packer
     from ._dask_results import Reader
 
@@ -118,6 +120,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._to_cancel: dict[Flight, asyncio.Future[bool]] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._packer: Packer | None = None
+        self._graphs: Graphs
         self._reader: Reader
 
     @property
@@ -130,10 +133,14 @@ class DaskExecutionBackend(BaseExecutionBackend):
     async def _start(self) -> None:
         await self._engine.open()
         # These need Dask, which is there only now.
+        from ._dask_graphs import Graphs
         from ._dask_pack import Packer
         from ._dask_results import Reader
 
         self._packer = Packer(self._plugin, self._by_uid, lambda: self.work_dir)
+        self._graphs = Graphs(
+            self.name, self._engine, self._plugin, self._flights, self._settle, self._lose
+        )
         self._reader = Reader(self.name, self._engine, lambda: self.work_dir)
         try:
             await self._connect()
@@ -163,6 +170,8 @@ class DaskExecutionBackend(BaseExecutionBackend):
         await call(self._start_watch)
 
     def _start_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         self._watch = asyncio.get_running_loop().create_task(self._watch_scheduler())
 
     async def _watch_scheduler(self) -> None:
@@ -227,6 +236,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._connected = False
         if self._no_workers is not None:
             self._no_workers.cancel()
+        self._graphs.close()
         for gather in self._gathers:
             gather.cancel()
         if client.status == "running":
@@ -262,7 +272,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
                 await asyncio.sleep(0)
         try:
             await self._engine.call(self._launch, flights)
-        except Exception as error:  # a closed client, a graph that the scheduler refused
+        except Exception as error:  # the client's loop is closed
             for flight in flights:
                 self._flights.pop(flight.key, None)
                 self._by_uid.pop(flight.uid, None)
@@ -291,32 +301,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     # ---------------------------------------------------------------- on the client's loop: submit
 
     def _launch(self, flights: list[Flight]) -> None:
-        """Give Dask a burst: one graph for all tasks with the same options."""
-        import dask
-
-        groups: dict[Any, list[Flight]] = {}
-        for flight in flights:
-            self._flights[flight.key] = flight
-            groups.setdefault(flight.group(), []).append(flight)
-        for _, group in sorted(groups.items(), key=lambda item: item[0][0]):
-            first = group[0]
-            iterables: list[list[Any]] = [[flight.call for flight in group]]
-            if any(flight.parents for flight in group):
-                iterables.append([[p.future for p in flight.parents] for flight in group])
-            # Dask warns of large graphs, for the sake of those who put data into them unknowingly;
-            # here it is the arguments that the author wants there.
-            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-                futures = self._engine.client.map(
-                    first.runner,
-                    *iterables,
-                    key=[flight.key for flight in group],
-                    pure=False,
-                    resources=first.wants or None,
-                    **first.dask_options(),
-                )
-            for flight, future in zip(group, futures, strict=True):
-                flight.future = future
-                flight.call = None
+        self._graphs.launch(flights)
         if not self._workers:
             self._arm_no_workers()
 
