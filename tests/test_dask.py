@@ -20,6 +20,7 @@ from typing import Any
 import dask
 import pytest
 
+from processes import descendants_of, public_listeners
 from rhapsody.api import ComputeTask, Resources, Session
 from rhapsody.api.errors import (
     BackendError,
@@ -220,19 +221,41 @@ def test_output_of_a_worker_that_shares_no_files_comes_to_the_client(
         assert not any(client.run(left).values())
 
 
-def test_ranks_run_under_mpiexec(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_run_under_mpiexec(run: Any) -> None:
     async def scenario(session: Session, _: Any) -> None:
-        (task,) = await ended(
+        hello, colon = await ended(
             session,
             ComputeTask(executable="echo", arguments=["hello"], resources=Resources(ranks=2)),
+            ComputeTask(executable="echo", arguments=[":", "x"], resources=Resources(ranks=2)),
         )
-        found = subprocess.run(["sh", "-c", "command -v mpiexec"], capture_output=True).returncode
-        beside = (Path(sys.executable).parent / "mpiexec").exists()
-        if found == 0 or beside:
-            assert str(task.stdout).count("hello") == 2, task.exception
-        else:
-            assert isinstance(task.exception, ResourceError)
-            assert "mpiexec" in str(task.exception)
+        assert hello.stdout == "hello\n" * 2, hello.exception
+        assert colon.stdout == ": x\n" * 2
+
+    run(scenario)
+
+
+def test_a_failing_rank_fails_the_task_with_its_exit_code(run: Any) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        script = "exit $((7 * PMI_RANK))"
+        tasks = [
+            ComputeTask(executable="sh", arguments=["-c", script], resources=Resources(ranks=2))
+            for _ in range(12)
+        ]
+        await ended(session, *tasks)
+        assert [(task.state, task.exit_code) for task in tasks] == [("FAILED", 7)] * 12
+
+    run(scenario)
+
+
+def test_ranks_open_no_port_to_the_outside(run: Any, tmp_path: Path) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        os.mkfifo(tmp_path / "go")
+        script = f"cd {tmp_path}; touch up.$PMI_RANK; read word < go"
+        task = ComputeTask(executable="sh", arguments=["-c", script], resources=Resources(ranks=2))
+        await session.submit_tasks([task])
+        await until(lambda: len(list(tmp_path.glob("up.*"))) == 2)
+        assert public_listeners(descendants_of(os.getpid())) == []
+        assert await session.cancel(task)
 
     run(scenario)
 
