@@ -1143,6 +1143,27 @@ def test_what_is_no_cluster() -> None:
     asyncio.run(main())
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"resources": 5}, "resources must be a dict"),
+        ({"resources": "n_workers=4"}, "resources must be a dict"),
+        ({"resources": {4: "n_workers"}}, "resources must be a dict"),
+        ({"resources": {"n_workers": 4}, "cluster": "tcp://127.0.0.1:1"}, "your own"),
+        ({"resources": {"n_workers": 4}, "client": "tcp://127.0.0.1:1"}, "your own"),
+        ({"cluster": "tcp://127.0.0.1:1", "client": "tcp://127.0.0.1:1"}, "not both"),
+        ({"worker_timeout": "5"}, "worker_timeout"),
+        ({"worker_timeout": None}, "worker_timeout"),
+        ({"worker_timeout": True}, "worker_timeout"),
+        ({"worker_timeout": -1}, "worker_timeout"),
+        ({"worker_timeout": float("nan")}, "worker_timeout"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        DaskExecutionBackend(**arguments)
+
+
 def test_without_dask_the_module_imports_and_the_start_says_what_to_install(tmp_path: Path) -> None:
     script = """
     import asyncio, sys

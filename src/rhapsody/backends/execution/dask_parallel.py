@@ -17,7 +17,7 @@ import logging
 import os
 import uuid
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task
 from rhapsody.runtime.errors import (
@@ -75,9 +75,10 @@ class DaskExecutionBackend(BaseExecutionBackend):
             `tls_client_cert`, `tls_client_key`, `require_encryption`).
         worker_timeout: seconds that a task waits for a worker that can take it, where the cluster
             may still grow (adaptive, jobs queued, a worker restarting), and that all tasks wait
-            where it has no worker at all.
+            where it has no worker at all; `math.inf` waits for ever.
 
     Raises:
+        BackendError: an argument is of a wrong type, or at odds with another one.
         BackendError: when started: Dask is not installed, or the cluster cannot be reached or
             started, or its workers have no rhapsody.
     """
@@ -99,8 +100,8 @@ class DaskExecutionBackend(BaseExecutionBackend):
         worker_timeout: float = 300.0,
     ) -> None:
         super().__init__(name)
-        if cluster is not None and client is not None:
-            raise BackendError("give cluster= or client=, not both", backend=name)
+        for wrong in _wrong_in(resources, cluster, client, worker_timeout):
+            raise BackendError(wrong, backend=name)
         self._engine = DaskEngine(name, resources, cluster, client, security)
         self._worker_timeout = worker_timeout
         self._plugin = f"rhapsody-{uuid.uuid4().hex[:12]}"
@@ -548,3 +549,26 @@ class DaskExecutionBackend(BaseExecutionBackend):
         await self._engine.client.cancel([flight.future for flight, _, _ in endings])
         self._settle(endings)
         return set(mine)
+
+
+def _wrong_in(resources: object, cluster: Any, client: Any, worker_timeout: object) -> list[str]:
+    """What is wrong with the arguments of a backend, as far as it can be told without Dask."""
+    wrong = []
+    if cluster is not None and client is not None:
+        wrong.append("give cluster= or client=, not both")
+    if not isinstance(resources, (Mapping, type(None))) or not all(
+        isinstance(name, str) for name in resources or ()
+    ):
+        wrong.append(
+            f"resources must be a dict of what LocalCluster takes, such as {{'n_workers': 4}},"
+            f" not {resources!r}"
+        )
+    elif resources and (cluster is not None or client is not None):
+        wrong.append(
+            "resources are for a cluster that the backend starts; give them to your own when you"
+            f" start it, not here: {resources!r}"
+        )
+    number = isinstance(worker_timeout, (int, float)) and not isinstance(worker_timeout, bool)
+    if not (number and cast("float", worker_timeout) >= 0):  # NaN is not
+        wrong.append(f"worker_timeout must be seconds, 0 or more, not {worker_timeout!r}")
+    return wrong
