@@ -544,13 +544,15 @@ def test_a_program_whose_name_is_no_text(run: Any, tmp_path: Path) -> None:
 
 def test_an_interrupted_connection_fails_what_is_in_flight(run: Any) -> None:
     async def scenario(session: Session, backend: Any) -> None:
-        task = ComputeTask(function=time.sleep, args=(2,))
-        await session.submit_tasks([task])
-        await until(lambda: task.state == "RUNNING")
+        # In one graph: some have ended, some run, some wait for a worker.
+        tasks = [ComputeTask(function=time.sleep, args=(i and 1.5,)) for i in range(6)]
+        await session.submit_tasks(tasks)
+        await until(lambda: tasks[0].done() and tasks[1].state == "RUNNING")
         await backend._engine.call(backend.client.scheduler_comm.comm.abort)
-        await session.wait_tasks([task], timeout=30)
-        assert isinstance(task.exception, BackendError)
-        assert task.exception.transient
+        await session.wait_tasks(tasks, timeout=30)
+        for task in tasks[1:]:
+            assert isinstance(task.exception, BackendError), task
+            assert task.exception.transient
         await until(lambda: backend.client.status == "running")
         (again,) = await ended(session, ComputeTask(function=add, args=(1,)))
         assert again.return_value == 2

@@ -30,7 +30,6 @@ class Graphs:
         plugin: the name of the backend's plugins on the cluster.
         flights: what is in flight, by key; who pops one settles it.
         settle: reports ends.
-        lose: fails all that is in flight, because the scheduler knows nothing of it.
     """
 
     def __init__(
@@ -40,14 +39,12 @@ class Graphs:
         plugin: str,
         flights: MutableMapping[str, Flight],
         settle: Callable[[list[Ending]], None],
-        lose: Callable[[str], None],
     ) -> None:
         self.name = name
         self._engine = engine
         self._plugin = plugin
         self._flights = flights
         self._settle = settle
-        self._lose = lose
         self._watches: set[asyncio.Task[None]] = set()
 
     def close(self) -> None:
@@ -121,11 +118,9 @@ class Graphs:
         client = self._engine.client
         try:
             unknown = await client.run_on_scheduler(unheard, self._plugin, keys)
-        except OSError:  # who watches the scheduler says so of all tasks
-            return
-        if unknown is None:
-            # It takes the plugins off when the client's connection breaks, also if it comes back.
-            self._lose("the connection to the Dask scheduler was interrupted")
+        except OSError:
+            unknown = None
+        if unknown is None:  # the connection broke: who watches the scheduler says so of all tasks
             return
         self._fail(descent([self._flights[key] for key in unknown if key in self._flights]), error)
 

@@ -102,8 +102,14 @@ class Herald(SchedulerPlugin):
         self._tell_workers()
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        """Our client has gone, killed perhaps: take both plugins off, and so the children."""
+        """Our client has gone, killed perhaps: take both plugins off, and so the children.
+
+        Should only its connection be broken, it hears of it by the event that it waits on.
+        """
         if client == self.client:
+            # What `distributed.Event` calls from elsewhere; cleared, it leaves nothing behind.
+            scheduler.handlers["event_set"](name=self.name)
+            scheduler.handlers["event_clear"](name=self.name)
             scheduler.remove_plugin(name=self.name)
             self.leaving = asyncio.ensure_future(
                 scheduler.unregister_worker_plugin(comm=None, name=self.name)

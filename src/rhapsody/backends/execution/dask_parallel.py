@@ -139,9 +139,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         from ._dask_results import Reader
 
         self._packer = Packer(self._plugin, self._by_uid, lambda: self.work_dir)
-        self._graphs = Graphs(
-            self.name, self._engine, self._plugin, self._flights, self._settle, self._lose
-        )
+        self._graphs = Graphs(self.name, self._engine, self._plugin, self._flights, self._settle)
         self._reader = Reader(self.name, self._engine, lambda: self.work_dir)
         try:
             await self._connect()
@@ -199,6 +197,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     def _lose(self, message: str) -> None:
         """Fail everything in flight: the scheduler knows nothing of it any more."""
         self._connected = False
+        self._graphs.close()
         self._fail_all(message)
 
     def _host(self) -> str | None:
