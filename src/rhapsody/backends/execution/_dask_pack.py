@@ -110,6 +110,8 @@ class Packer:
         """Dask's key of a task; what is before the dash is its name on the dashboard."""
         own = flight.options.get("key")
         if own is None:
+            # A file's name may hold what no message can.
+            name = name.encode(errors="replace").decode()
             return f"{name}-{self._tag}.{next(self._numbers)}"
         for other in self._by_uid.values():
             if other.key == own:

