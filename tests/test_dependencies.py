@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -65,13 +66,13 @@ async def test_tasks_in_containers_are_replaced_too() -> None:
     one, two = ComputeTask(function=add, args=(1,)), ComputeTask(function=add, args=(2,))
     child = ComputeTask(
         function=collect,
-        args=([one, two, 3], (one, 4), {one, 5}),
+        args=([one, two, 3], (one, 4), {5}),
         kwargs={"table": {"a": one, "b": 6}},
     )
     async with Session([ConcurrentExecutionBackend()]) as session:
         await session.submit_tasks([child, one, two])  # in any order
         await child
-    assert child.return_value == (([1, 2, 3], (1, 4), {1, 5}), {"table": {"a": 1, "b": 6}})
+    assert child.return_value == (([1, 2, 3], (1, 4), {5}), {"table": {"a": 1, "b": 6}})
 
 
 async def test_one_parent_many_times() -> None:
@@ -488,6 +489,65 @@ async def test_a_child_with_a_bad_backend_is_refused_at_submit() -> None:
 
 
 # ---------------------------------------------------------------------- a graph with a meaning
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@pytest.mark.parametrize("make", [set, frozenset, lambda tasks: Pair(*tasks)])
+async def test_a_task_where_no_result_can_take_its_place_is_refused(
+    make: Callable[[list[ComputeTask]], Any],
+) -> None:
+    """Results need not hash, and two equal ones would be one in a set; the others run."""
+    one, two = ComputeTask(function=add, args=(1,)), ComputeTask(function=add, args=(1,))
+    child = ComputeTask(function=len, args=(make([one, two]),))
+    after = ComputeTask(function=noop, after=[one])
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        with pytest.raises(TaskValidationError, match="use a list, tuple or dict") as caught:
+            await session.submit_tasks([one, two, child, after])
+        assert set(caught.value.errors) == {child.uid}
+        await asyncio.gather(one, two, after)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise AttributeError("no words")
+
+
+def fail_without_words() -> None:
+    raise Unspeakable
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_parent_whose_error_cannot_be_told(ended: bool) -> None:
+    parent = ComputeTask(function=fail_without_words)
+    child, other = ComputeTask(function=noop, after=[parent]), ComputeTask(function=noop)
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks([parent])
+        if ended:
+            await session.wait_tasks([parent])
+        await session.submit_tasks([child, other])
+        await session.wait_tasks([parent, child, other], timeout=30)
+    assert isinstance(child.exception, DependencyError)
+    assert child.exception.root is parent.exception
+    assert "Unspeakable" in str(child.exception)
+    assert other.state == "DONE"
+
+
+async def test_arguments_that_went_bad_while_their_task_waited() -> None:
+    """The child fails, and its own children with it; nothing waits for ever."""
+    backend, parent, stray = ManualBackend(), ComputeTask(function=noop), ComputeTask(function=noop)
+    child = ComputeTask(function=collect, args=[parent])
+    last = ComputeTask(function=noop, after=[child])
+    async with Session([backend]) as session:
+        await session.submit_tasks([parent, child, last])
+        child.args.append({stray})  # type: ignore[attr-defined]
+        backend.deliver(parent, "DONE")
+        await session.wait_tasks([child, last], timeout=30)
+    assert isinstance(child.exception, TaskValidationError)
+    assert isinstance(last.exception, DependencyError)
 
 
 @pytest.mark.parametrize("seed", range(3))

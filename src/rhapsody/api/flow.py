@@ -23,6 +23,7 @@ from rhapsody.runtime.errors import (
     TaskTimeoutError,
     TaskValidationError,
 )
+from rhapsody.runtime.words import said
 
 from .graph import bind, parents_first, parents_of
 from .refusal import orphan
@@ -113,7 +114,7 @@ class Flow:
             cause = error
             if not isinstance(error, RhapsodyError):
                 cause = BackendError(
-                    f"backend '{backend.name}' failed: {error!r}", backend=backend.name
+                    f"backend '{backend.name}' failed: {said(error)}", backend=backend.name
                 )
                 cause.__cause__ = error
             self.settle(
@@ -165,7 +166,7 @@ class Flow:
             self.record(task).waiting = {parent.uid for parent in waiting}
             for parent in waiting:
                 self.record(parent).children.append(task)
-        elif self._inherit(task, parents):
+        elif self._inherit(task):
             task.state = "SUBMITTED"
             groups.setdefault(task.backend, []).append(task)
 
@@ -178,19 +179,28 @@ class Flow:
             and (record is None or not record.retries)
         )
 
-    def _inherit(self, task: BaseTask, parents: list[BaseTask]) -> bool:
+    def _inherit(self, task: BaseTask) -> bool:
         """Take the parents' results in, or fail for the first of them that did not end DONE."""
-        for parent in parents:
-            if parent.done() and parent.state != "DONE":
-                error = DependencyError(task.uid, parent.uid, parent.exception)
-                self.settle([(task, "FAILED", {"exception": error})])
-                return False
-        bind(task)
-        return True
+        error: RhapsodyError | None = None
+        try:
+            for parent in parents_of(task):
+                if parent.done() and parent.state != "DONE":
+                    error = DependencyError(task.uid, parent.uid, parent.exception)
+                    break
+            else:
+                bind(task)
+        except Exception as why:  # an author's containers; what else waits must not wait for ever
+            error = TaskValidationError(
+                f"task '{task.uid}': its parents' results cannot take their places: {said(why)}"
+            )
+            error.__cause__ = why
+        if error is not None:
+            self.settle([(task, "FAILED", {"exception": error})])
+        return error is None
 
     def _release(self, task: BaseTask) -> None:
         """All parents have ended: hand the task over."""
-        if not task.done() and self._inherit(task, parents_of(task)):
+        if not task.done() and self._inherit(task):
             self._send(task)
 
     def _send(self, task: BaseTask) -> None:

@@ -7,11 +7,18 @@ from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from rhapsody.runtime.errors import TaskValidationError
+
 from .task import BaseTask, ComputeTask
 
 __all__ = ["bind", "hold_no_tasks", "parents_first", "parents_of"]
 
 _ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
+
+# Where results take the places of tasks. Results need not hash, and two of them may be equal, so
+# that a set of them may be none, or smaller; and how a class of its own is made, is not known.
+_OPEN = (list, tuple, dict)
+_CONTAINERS = (*_OPEN, set, frozenset)
 
 
 def hold_no_tasks(values: Iterable[Any]) -> bool:
@@ -22,17 +29,25 @@ def hold_no_tasks(values: Iterable[Any]) -> bool:
 def parents_of(task: BaseTask) -> list[BaseTask]:
     """Return the tasks that must end before this one: `after`, and those among its arguments.
 
-    Arguments are searched at the top, and one level into lists, tuples, sets and dicts.
+    Arguments are searched at the top, and one level into lists, tuples and dicts.
+
+    Raises:
+        TaskValidationError: a task stands where no result can take its place.
     """
     parents = list(task.after)
     if isinstance(task, ComputeTask):
         for value in (*task.args, *task.kwargs.values(), *task.arguments):
             if isinstance(value, BaseTask):
                 parents.append(value)
-            elif type(value) in (list, tuple, set):
-                parents.extend(inner for inner in value if isinstance(inner, BaseTask))
-            elif type(value) is dict:
-                parents.extend(inner for inner in value.values() if isinstance(inner, BaseTask))
+            elif isinstance(value, _CONTAINERS):
+                inside = value.values() if isinstance(value, dict) else value
+                found = [inner for inner in inside if isinstance(inner, BaseTask)]
+                if found and type(value) not in _OPEN:
+                    raise TaskValidationError(
+                        f"task '{task.uid}': task '{found[0].uid}' is in a {type(value).__name__},"
+                        " where its result cannot take its place; use a list, tuple or dict"
+                    )
+                parents += found
     return parents
 
 
@@ -52,7 +67,7 @@ def bind(task: BaseTask) -> None:
 def _resolve(value: Any) -> Any:
     if isinstance(value, BaseTask):
         return _result(value)
-    if type(value) in (list, tuple, set):
+    if type(value) in (list, tuple):
         return type(value)(_result(inner) for inner in value)
     if type(value) is dict:
         return {name: _result(inner) for name, inner in value.items()}

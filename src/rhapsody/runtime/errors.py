@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .words import said
+
 __all__ = [
     "BackendError",
     "DependencyError",
@@ -119,7 +121,7 @@ class DependencyError(RhapsodyError):
             before = "it was not run either: "
         canceled = "a task was canceled" if before else "it was canceled"
         root = self.root
-        why = before + (canceled if root is None else f"{type(root).__name__}: {root}")
+        why = before + (canceled if root is None else said(root))
         super().__init__(f"Task '{uid}' was not run, its parent '{parent}' did not succeed ({why})")
         self.__cause__ = cause
 
