@@ -138,6 +138,22 @@ async def test_its_own_checks_are_asked_about_every_task(starlight: Callable[...
         await known
 
 
+async def test_a_check_that_raises_refuses_its_task_only() -> None:
+    class Careless(ManualBackend):
+        def _check(self, task: Any, options: Any) -> None:
+            raise LookupError(options["colour"])
+
+    good = ComputeTask(function=double)
+    bad = ComputeTask(function=double, task_backend_specific_kwargs={"colour": "red"})
+    backend = ManualBackend("good")
+    bad.backend = "careless"
+    async with Session([backend, Careless("careless")]) as session:
+        with pytest.raises(TaskValidationError, match="LookupError: red") as caught:
+            await session.submit_tasks([good, bad])
+        assert set(caught.value.errors) == {bad.uid}
+        assert await backend.handed(1) == [good]
+
+
 async def test_its_tasks_can_be_canceled_as_far_as_it_can(starlight: Callable[..., Any]) -> None:
     begun, release = threading.Event(), threading.Event()
 
@@ -305,6 +321,34 @@ async def test_frameworks_drive_a_backend_directly() -> None:
         ("e", "DONE"), ("e", "RUNNING"), ("f", "DONE"), ("f", "RUNNING"),
         ("g", "FAILED"), ("g", "RUNNING"), ("x", "FAILED"), ("x", "RUNNING"),
     ]  # fmt: skip
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
+class Stone(ComputeTask):
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError("written in stone")
+
+
+async def test_a_task_that_takes_no_results_harms_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tasks: list[Any] = [
+        {"uid": "silent", "function": double},
+        Stone(function=double, uid="stone"),
+        {"uid": "other", "function": double},
+    ]
+    async with ManualBackend() as backend:
+        await backend.submit_tasks(tasks)
+        value = Unspeakable()
+        backend.deliver_burst([(task, "DONE", {"return_value": value}) for task in tasks])
+        await backend.heard()
+    assert tasks[0]["stdout"] == "<Unspeakable whose str raises LookupError>"
+    assert tasks[2]["state"] == "DONE"
+    assert "task 'stone' cannot be written to" in caplog.text
 
 
 async def test_tasks_of_an_unknown_uid_are_not_canceled() -> None:

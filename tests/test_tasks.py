@@ -15,6 +15,7 @@ import pytest
 from manual import ManualBackend
 from rhapsody.api import (
     AITask,
+    BackendError,
     BaseTask,
     ComputeTask,
     Resources,
@@ -582,3 +583,71 @@ async def test_a_bad_dict_is_refused_and_the_others_run(given: Any, words: str) 
         assert words in str(caught.value)
         await session.wait_tasks([good])
     assert good.state == "DONE"
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
+async def test_a_value_without_words_harms_nobody() -> None:
+    """Of a dict, the text of the result is written into it; those behind it are heard of too."""
+    silent: dict[str, Any] = {"function": Unspeakable}
+    others: list[Any] = [{"function": double, "args": (2,)}, ComputeTask(function=double)]
+    backend = ManualBackend()
+    async with Session([backend]) as session:
+        await session.submit_tasks([silent, *others])
+        given = await backend.handed(3)
+        value = Unspeakable()
+        backend.deliver_burst([(task, "DONE", {"return_value": value}) for task in given])
+        await session.wait_tasks([silent, *others], timeout=30)
+    assert {task["state"] for task in (silent, *others)} == {"DONE"}
+    assert silent["return_value"] is value
+    assert silent["stdout"] == "<Unspeakable whose str raises LookupError>"
+
+
+class Stone(dict):  # type: ignore[type-arg]
+    """A dict that takes nothing but a uid."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != "uid":
+            raise PermissionError("written in stone")
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("state", ["DONE", "FAILED"])
+async def test_a_dict_that_takes_no_results_harms_nobody(
+    state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stone = Stone(function=double)
+    other, backend = ComputeTask(function=double), ManualBackend()
+    async with Session([backend]) as session:
+        (future, *_) = await session.submit_tasks([stone, other])
+        given = await backend.handed(2)
+        child = ComputeTask(function=double, after=[given[0]])
+        await session.submit_tasks([child])
+        error = {"exception": KeyError("x")} if state == "FAILED" else None
+        backend.deliver_burst([(task, state, error) for task in given])
+        await session.wait_tasks([stone, other], timeout=30)
+        await asyncio.wait([future], timeout=30)
+        assert future.done()
+        if state == "FAILED":
+            await session.wait_tasks([child], timeout=30)
+    assert other.state == state
+    assert "written in stone" in caplog.text
+
+
+async def test_a_report_that_says_nothing_sensible_fails_its_task_only() -> None:
+    tasks = [ComputeTask(function=double) for _ in range(3)]
+    backend = ManualBackend()
+    async with Session([backend]) as session:
+        await session.submit_tasks(tasks)
+        backend.deliver(tasks[0], "RUNNING")
+        nonsense: Any = 5
+        backend.deliver_burst([(tasks[0], "DONE", nonsense), (tasks[1], "DONE", {})])
+        backend.deliver(tasks[2], "DONE")
+        await session.wait_tasks(tasks, timeout=30)
+        counts = session.get_statistics()["counts"]
+    assert [task.state for task in tasks] == ["FAILED", "DONE", "DONE"]
+    assert isinstance(tasks[0].exception, BackendError)
+    assert counts == {"DONE": 2, "FAILED": 1}

@@ -11,6 +11,7 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rhapsody.backends.base import BaseExecutionBackend, Event
@@ -229,81 +230,116 @@ class Flow:
         """Take events in: state, result fields, future, dependents - in that order."""
         now = time.monotonic()
         records = self._records
-        total, queue, execution = self._times
         plain, waited = 0, 0.0
         for task, state, fields in burst:
-            old = task.state
-            if (
-                state == "DONE"
-                and fields is None
-                and old == "SUBMITTED"
-                and task._options is None
-                and not (records and task.uid in records)
-            ):
-                # A burst of short tasks without results, and without the cases below.
-                task.state = "DONE"
-                plain += 1
-                waited += now - task._submitted
-                future = task._future
-                if not future.done():
-                    future.set_result(task)
-                continue
-            if state not in TERMINAL:
-                if state == "RUNNING" and old == "SUBMITTED":
-                    task.state = state
-                    task._started = now
-                    self._count(task, state, 1)
-                    self._arm(task)
-                elif state == "RUNNING" and task.uid in records and old == "RUNNING":
-                    self._arm(task)  # a retry
+            try:
+                if (
+                    state == "DONE"
+                    and fields is None
+                    and task.state == "SUBMITTED"
+                    and task._options is None
+                    and not (records and task.uid in records)
+                ):
+                    # A burst of short tasks without results, and without the cases of the others.
+                    task.state = "DONE"
+                    plain += 1
+                    waited += now - task._submitted
+                    future = task._future
+                    if not future.done():
+                        future.set_result(task)
+                elif state in TERMINAL:
+                    self._end(task, state, fields, now)
                 else:
-                    self.dropped_events += 1
-                continue
-            if old in TERMINAL:
-                self.dropped_events += 1
-                continue
-            if state == "FAILED" and (fields is None or fields.get("exception") is None):
-                error = BackendError(
-                    f"backend '{task.backend}' says that the task failed, and not why",
-                    backend=task.backend,
-                )
-                fields = {**(fields or {}), "exception": error}
-            record = records.get(task.uid) if records else None
-            if record is not None:
-                verdict = self._judge(task, record, state, fields)
-                if verdict is None:
-                    continue
-                state, fields = verdict
-            if old == "RUNNING":
-                self._count(task, old, -1)
-            started = ended = None
-            if fields is not None:
-                for name, value in fields.items():
-                    if name == "started":
-                        started = value
-                    elif name == "ended":
-                        ended = value
-                    elif value is not None:
-                        task[name] = value
-            task.state = state
-            if started is None:
-                started = task._started if old == "RUNNING" else now
-            total += now - task._submitted
-            queue += started - task._submitted
-            execution += (ended or now) - started
-            self._count(task, state, 1)
-            if state == "DONE" and task._options is None:
-                future = task._future
-                if not future.done():
-                    future.set_result(task)
-            else:
-                self._tell(task)
-            task._bound = None
-            if record is not None:
-                self._close_record(task, record)
+                    self._begin(task, state, now)
+            except Exception as error:  # of an author's dict, or a third party's report
+                self._rescue(task, error)
         if plain:  # a burst with such is one backend's
             self._count(burst[0][0], "DONE", plain)
-        self._times = [total + waited, queue + waited, execution]
+            self._times[0] += waited
+            self._times[1] += waited
+
+    def _begin(self, task: BaseTask, state: str, now: float) -> None:
+        """Take in that a task runs."""
+        if state == "RUNNING" and task.state == "SUBMITTED":
+            task.state = state
+            task._started = now
+            self._count(task, state, 1)
+            self._arm(task)
+        elif state == "RUNNING" and task.uid in self._records and task.state == "RUNNING":
+            self._arm(task)  # a retry
+        else:
+            self.dropped_events += 1
+
+    def _end(
+        self, task: BaseTask, state: str, fields: Mapping[str, Any] | None, now: float
+    ) -> None:
+        """Take in how a task ended."""
+        old = task.state
+        if old in TERMINAL:
+            self.dropped_events += 1
+            return
+        if state == "FAILED" and (fields is None or fields.get("exception") is None):
+            error = BackendError(
+                f"backend '{task.backend}' says that the task failed, and not why",
+                backend=task.backend,
+            )
+            fields = {**(fields or {}), "exception": error}
+        record = self._records.get(task.uid) if self._records else None
+        if record is not None:
+            verdict = self._judge(task, record, state, fields)
+            if verdict is None:
+                return
+            state, fields = verdict
+        started = ended = None
+        if fields is not None:
+            for name, value in fields.items():
+                if name == "started":
+                    started = value
+                elif name == "ended":
+                    ended = value
+                elif value is not None:
+                    task[name] = value
+        if started is None:
+            started = task._started if old == "RUNNING" else now
+        times = self._times
+        times[0] += now - task._submitted
+        times[1] += started - task._submitted
+        times[2] += (ended or now) - started
+        self._close_task(task, state)
+        if record is not None:
+            self._close_record(task, record)
+
+    def _close_task(self, task: BaseTask, state: str) -> None:
+        """Let a task be what it has come to, and tell who waits for it."""
+        counts = self._counts[task.backend or ""]
+        if task.state == "RUNNING":
+            counts["RUNNING"] -= 1
+        task.state = state
+        counts[state] += 1
+        task._bound = None
+        if state == "DONE" and task._options is None:
+            future = task._future
+            assert future is not None
+            if not future.done():
+                future.set_result(task)
+        else:
+            self._tell(task)
+
+    def _rescue(self, task: BaseTask, why: Exception) -> None:
+        """End a task whose report could not be taken in: those behind it must be heard of too."""
+        logger.error("task '%s' could not be settled as reported", task.uid, exc_info=why)
+        if not task.done():
+            task.exception = BackendError(
+                f"the report of backend '{task.backend}' on task '{task.uid}' cannot be taken in:"
+                f" {said(why)}",
+                backend=task.backend,
+            )
+            task.exception.__cause__ = why
+            with suppress(Exception):  # it is an author's dict that takes nothing, and logged above
+                self._close_task(task, "FAILED")
+        task._settle_future()
+        if (record := self._records.get(task.uid)) is not None:
+            self._close_record(task, record)
 
     def _count(self, task: BaseTask, state: str, by: int) -> None:
         self._counts[task.backend or ""][state] += by

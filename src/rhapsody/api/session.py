@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from rhapsody.backends.base import BaseExecutionBackend
 from rhapsody.runtime.errors import RhapsodyError, SessionError, TaskValidationError
+from rhapsody.runtime.words import said
 
 from .flow import CHUNK, Flow, timeout_of
 from .graph import hold_no_tasks, parents_of
@@ -209,6 +210,11 @@ class Session:
                     task = self._examine(task, groups, related)
                 except RhapsodyError as error:
                     refused[name_of(task, number)] = error
+                    continue
+                except Exception as error:  # a backend's own check, which may be anyone's
+                    name = name_of(task, number)
+                    refused[name] = TaskValidationError(f"task '{name}' is refused: {said(error)}")
+                    refused[name].__cause__ = error
                     continue
                 known[task.uid] = task
             task._submitted = now

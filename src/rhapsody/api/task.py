@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
 
 from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.words import said, text_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -163,7 +164,7 @@ class BaseTask(MutableMapping[str, Any]):
         """
         text: str | None = self._result("stdout")
         if text is None and self.state == "DONE" and self.kind == "function":
-            return str(self.return_value)
+            return text_of(self.return_value)
         return text
 
     @stdout.setter
@@ -259,7 +260,7 @@ class BaseTask(MutableMapping[str, Any]):
             future.cancel()
         elif isinstance(self.exception, (StopIteration, asyncio.CancelledError)):
             # A future cannot carry these: the first is refused, the second means something else.
-            wrapper = RuntimeError(f"task '{self.uid}' raised {self.exception!r}")
+            wrapper = RuntimeError(f"task '{self.uid}' raised {said(self.exception)}")
             wrapper.__cause__ = self.exception
             future.set_exception(wrapper)
             future.exception()

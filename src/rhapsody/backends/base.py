@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rhapsody.runtime.commands import command_of, inputs_of
 from rhapsody.runtime.errors import BackendError, TaskValidationError
+from rhapsody.runtime.words import text_of
 
 from .constants import BackendMainStates, StateMapper
 
@@ -364,15 +365,10 @@ class BaseExecutionBackend:
     def _apply(self, burst: Sequence[Event]) -> None:
         """Write states and results into tasks that no session watches over."""
         for task, state, fields in burst:
-            results = {name: value for name, value in (fields or {}).items() if name not in _TIMES}
-            if isinstance(task, dict) and kind_of(task) == "function" and state in _TERMINAL:
-                results["exit_code"] = 0 if state == "DONE" else 1
-                if state == "DONE":
-                    results["stdout"] = str(results.get("return_value"))
-            if isinstance(task, dict) and state in _TERMINAL:
-                results = {**dict.fromkeys(_RESULTS), **results}
-            task.update(results)
-            task["state"] = state
+            try:
+                _write(task, state, fields or {})
+            except Exception:  # of a mapping that is not ours
+                logger.exception("task '%s' cannot be written to", task["uid"])
 
     def _call_back(self, burst: Sequence[Event]) -> None:
         callback = self._callback
@@ -456,5 +452,19 @@ class BaseExecutionBackend:
 _TIMES = frozenset({"started", "ended"})
 # What frameworks read from a task that has ended, whatever it was.
 _RESULTS = ("return_value", "stdout", "stderr", "exit_code", "exception")
+
+
+def _write(task: Task, state: str, fields: Mapping[str, Any]) -> None:
+    """Write a state and results into a task."""
+    results = {name: value for name, value in fields.items() if name not in _TIMES}
+    if isinstance(task, dict) and state in _TERMINAL:
+        if kind_of(task) == "function":
+            results["exit_code"] = 0 if state == "DONE" else 1
+            if state == "DONE":
+                results["stdout"] = text_of(results.get("return_value"))
+        results = {**dict.fromkeys(_RESULTS), **results}
+    task.update(results)
+    task["state"] = state
+
 
 BaseBackend = BaseExecutionBackend
