@@ -1176,6 +1176,58 @@ async def test_shutting_a_backend_down_fails_what_is_submitted_to_it_later() -> 
             await task
 
 
+# ---------------------------------------------------------------------- two loops
+
+
+def test_a_session_belongs_to_one_event_loop() -> None:
+    """A second asyncio.run is told so; it would wait for ever."""
+    session, backend = Session(), ManualBackend()
+    session.add_backend(backend)
+    ended, left, late = (ComputeTask(function=noop) for _ in range(3))
+
+    async def first() -> None:
+        await session.submit_tasks([ended, left])
+        backend.deliver(ended, "DONE")
+        await ended
+
+    async def follow() -> None:
+        async for _ in session.as_completed([left]):
+            pass
+
+    async def second() -> None:
+        assert await session.wait_tasks([ended]) == [ended]
+        assert await session.cancel(ended) is False
+        for attempt in (
+            session.submit_tasks([late]),
+            session.wait_tasks([left]),
+            session.cancel(left),
+            follow(),
+        ):
+            with pytest.raises(SessionError, match=r"another event loop; make a new session"):
+                await asyncio.wait_for(attempt, 30)
+        await session.close()
+
+    asyncio.run(first())
+    asyncio.run(second())
+    assert (late.state, left.state) == ("NEW", "CANCELED")
+
+
+@pytest.mark.parametrize("cls", [ConcurrentExecutionBackend, NoopExecutionBackend])
+def test_a_backend_belongs_to_one_event_loop(cls: Any) -> None:
+    backend = asyncio.run(cls.create())
+    task = ComputeTask(function=noop)
+
+    async def second() -> None:
+        with pytest.raises(BackendError, match=r"another event loop; make a new one"):
+            await backend
+        async with Session([backend]) as session:
+            await session.submit_tasks([task])
+            await session.wait_tasks([task], timeout=30)
+
+    asyncio.run(second())
+    assert isinstance(task.exception, BackendError)
+
+
 # ---------------------------------------------------------------------- two sessions
 
 

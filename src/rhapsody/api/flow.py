@@ -74,6 +74,7 @@ class Flow:
         self.backends: dict[str, BaseExecutionBackend] = {}
         self.tasks: dict[str, BaseTask] = {}
         self.closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first submit
         self.admitted = 0
         self.dropped_events = 0
         self._records: dict[str, _Record] = {}
@@ -88,6 +89,21 @@ class Flow:
         self.backends[backend.name] = backend
         # Every key from the start: other threads read it, and it must not grow under them.
         self._counts[backend.name] = Counter(dict.fromkeys(("RUNNING", *TERMINAL), 0))
+
+    def enter(self) -> None:
+        """Make the running loop the session's, or see that it is.
+
+        Raises:
+            SessionError: it is another one, in which nobody would hear of the tasks.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise SessionError(
+                f"session '{self._owner}' was used in another event loop; make a new session, with"
+                " new backends, in each asyncio.run()"
+            )
 
     def record(self, task: BaseTask) -> _Record:
         """Return a task's record, made when it is first needed."""

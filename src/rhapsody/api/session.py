@@ -137,7 +137,8 @@ class Session:
             TaskValidationError: some tasks were refused, which its `errors` names; the others
                 were submitted, and run.
             ResourceError: the same, where they were all refused for want of resources.
-            SessionError: the session is closed, has no backend, or `tasks` is not a list of tasks.
+            SessionError: the session is closed, has no backend, belongs to another event loop (that
+                of its first submit), or `tasks` is not a list of tasks.
 
         Where it is interrupted (canceled, or by an error of `tasks` itself), tasks that were not
         handed over by then are CANCELED or still NEW; the others run.
@@ -148,6 +149,7 @@ class Session:
             raise SessionError(f"session '{self.uid}' has no backend; give it backends=[...]")
         if isinstance(tasks, (BaseTask, Mapping, str)) or not isinstance(tasks, Iterable):
             raise SessionError(f"submit_tasks takes a list of tasks, not {type(tasks).__name__}")
+        self._flow.enter()
         futures: list[asyncio.Future[Any]] = []
         refused: dict[str, RhapsodyError] = {}
         related: list[BaseTask] = []
@@ -254,7 +256,10 @@ class Session:
         Raises:
             SessionError: the task is not in this session.
         """
-        return await self._flow.cancel(self._find(task))
+        found = self._find(task)
+        if not found.done():
+            self._flow.enter()
+        return await self._flow.cancel(found)
 
     def _find(self, task: Any) -> BaseTask:
         uid = task.get("uid") if isinstance(task, (BaseTask, dict)) else None
@@ -288,6 +293,7 @@ class Session:
                 continue
             task = self._find(given)
             while task.state not in TERMINAL:
+                self._flow.enter()
                 await asyncio.wait((task._waitable(),))
 
     async def as_completed(
@@ -301,6 +307,8 @@ class Session:
         found = [self._find(task) for task in tasks]
         ended: deque[BaseTask] = deque()
         bell = asyncio.Event()
+        if not all(task.done() for task in found):
+            self._flow.enter()
 
         def note(task: BaseTask, _: Any = None) -> None:
             if task.done():

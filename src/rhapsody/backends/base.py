@@ -55,7 +55,7 @@ class BaseExecutionBackend:
     """Lifecycle, delivery of events, and checks, written once for every engine.
 
     Started by `await backend`, `async with backend`, `await Backend.create(...)`, or by the first
-    submit of a session; stopped by `shutdown`.
+    submit of a session; stopped by `shutdown`. It belongs to the event loop in which it is started.
     """
 
     #: kinds of tasks that the engine runs
@@ -129,6 +129,13 @@ class BaseExecutionBackend:
         return await cls(*args, **kwargs)._started()
 
     async def _started(self) -> Self:
+        if self._starting is not None and self._loop is not asyncio.get_running_loop():
+            # Its engine would report to a loop where nobody listens, and the tasks never end.
+            raise BackendError(
+                f"backend '{self.name}' was started in another event loop; make a new one in each"
+                " asyncio.run()",
+                backend=self.name,
+            )
         if self._main_state is BackendMainStates.INITIALIZED and self._stopping is None:
             if self._starting is None:
                 self._loop = asyncio.get_running_loop()
