@@ -934,6 +934,44 @@ async def test_a_task_can_be_canceled_before_its_backend_is_up() -> None:
     assert task.state == "CANCELED"
 
 
+async def test_a_backend_that_is_slow_to_start_holds_up_no_other() -> None:
+    """Neither the tasks of another one behind it in a large submit, nor their children."""
+    slow, fast = SlowToStart(), ManualBackend("fast")
+    late = [ComputeTask(function=noop, backend="slow") for _ in range(3000)]
+    soon = [ComputeTask(function=noop, backend="fast") for _ in range(2)]
+    child = ComputeTask(function=noop, backend="fast", after=[soon[0]])
+    async with Session([slow, fast]) as session:
+        submit = asyncio.create_task(session.submit_tasks([soon[0], *late, soon[1], child]))
+        assert await asyncio.wait_for(fast.handed(2), 30) == soon
+        fast.deliver_burst([(task, "DONE", None) for task in soon])
+        assert await asyncio.wait_for(fast.handed(3), 30) == [*soon, child]
+        assert not submit.done()  # it ends when all has been handed over
+        slow.may_start.set()
+        await submit
+        assert slow.given == late  # in the order of the submit
+
+
+async def test_a_task_can_be_canceled_while_others_wait_for_its_backend() -> None:
+    """What no backend has been given yet is canceled at once, and never run."""
+    backend = SlowToStart()
+    first, second, third = (ComputeTask(function=noop) for _ in range(3))
+    async with Session([backend]) as session:
+        submits = [
+            asyncio.create_task(session.submit_tasks(tasks)) for tasks in ([first], [second, third])
+        ]
+        await backend.begun.wait()
+        assert await session.cancel(second) is True
+        backend.may_start.set()
+        while backend.state() != "RUNNING":
+            await asyncio.sleep(0)
+        assert await session.cancel(third) is True
+        await asyncio.gather(*submits)
+        await backend.heard()
+        assert third not in backend.given
+        assert second not in backend.given
+    assert (second.state, third.state) == ("CANCELED", "CANCELED")
+
+
 async def test_cancel_of_one_task_twice_at_once() -> None:
     task = ComputeTask(executable="/bin/sleep", arguments=[1000])
     async with Session([ConcurrentExecutionBackend()]) as session:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -60,6 +60,16 @@ class _Record:
         self.children: list[BaseTask] = []
 
 
+class _Door:
+    """Through it tasks go to a backend, in the order in which they came."""
+
+    __slots__ = ("lock", "queue")
+
+    def __init__(self) -> None:
+        self.lock = asyncio.Lock()
+        self.queue = 0  # errands that are before it, or in it
+
+
 class Flow:
     """Settles each task of a session exactly once.
 
@@ -78,6 +88,7 @@ class Flow:
         self.admitted = 0
         self.dropped_events = 0
         self._records: dict[str, _Record] = {}
+        self._doors: dict[str, _Door] = {}
         self._ready: list[BaseTask] = []
         self._background: set[asyncio.Task[Any]] = set()
         self._counts: dict[str, Counter[str]] = {}
@@ -87,6 +98,7 @@ class Flow:
         """Take a backend in, and listen to it."""
         backend.attach(self._owner, self.settle, self._folder)
         self.backends[backend.name] = backend
+        self._doors[backend.name] = _Door()
         # Every key from the start: other threads read it, and it must not grow under them.
         self._counts[backend.name] = Counter(dict.fromkeys(("RUNNING", *TERMINAL), 0))
 
@@ -109,20 +121,67 @@ class Flow:
         """Return a task's record, made when it is first needed."""
         return self._records.setdefault(task.uid, _Record())
 
-    async def hand_over(self, groups: dict[str, list[BaseTask]]) -> None:
-        """Give each backend its tasks; where it takes none of them, they FAILED for its reason."""
-        left = deque((self.backends[name], group) for name, group in groups.items() if group)
-        try:
-            while left:
-                await self._hand_to(*left[0])
-                left.popleft()
-        finally:  # where the wait for a backend was canceled, some are left
-            self.settle([(t, "CANCELED", None) for _, group in left for t in group if not t.done()])
+    async def hand_over(
+        self, groups: dict[str, list[BaseTask]], under_way: list[asyncio.Task[None]]
+    ) -> None:
+        """Give each backend its tasks; where it takes none of them, they FAILED for its reason.
 
-    async def _hand_to(self, backend: BaseExecutionBackend, group: list[BaseTask]) -> None:
+        None waits for another. What a backend that is not up yet shall have goes to `under_way`,
+        with all that is not waited for here; where that is canceled, the tasks are CANCELED.
+        """
+        work = [(self.backends[name], group) for name, group in groups.items() if group]
+        if len(work) == 1:
+            ((backend, group),) = work
+            door = self._doors[backend.name]
+            if backend.state() == "RUNNING" and not door.queue and not door.lock.locked():
+                try:
+                    async with door.lock:
+                        await self._hand_to(backend, group)
+                except asyncio.CancelledError:
+                    self._cancel_left(group)
+                    raise
+                return
+        errands = [(backend, self._errand(backend, group)) for backend, group in work]
+        under_way += [errand for _, errand in errands]
+        soon = [errand for backend, errand in errands if backend.state() == "RUNNING"]
+        if soon:
+            await asyncio.wait(soon)
+
+    def _errand(self, backend: BaseExecutionBackend, group: list[BaseTask]) -> asyncio.Task[None]:
+        """Give a backend its tasks in the background."""
+        door = self._doors[backend.name]
+
+        async def go() -> None:
+            async with door.lock:
+                await self._hand_to(backend, group, waited=True)
+
+        def back(errand: asyncio.Task[None]) -> None:
+            door.queue -= 1
+            if errand.cancelled():
+                self._cancel_left(group)
+
+        door.queue += 1
+        errand = self._spawn(go())
+        errand.add_done_callback(back)
+        return errand
+
+    def _cancel_left(self, group: list[BaseTask]) -> None:
+        self.settle([(task, "CANCELED", None) for task in group if not task.done()])
+
+    async def take_back(self, under_way: list[asyncio.Task[None]]) -> None:
+        """Hand over no more of what is under way; its tasks are CANCELED."""
+        for errand in under_way:
+            errand.cancel()
+        if under_way:
+            await asyncio.wait(under_way)
+
+    async def _hand_to(
+        self, backend: BaseExecutionBackend, group: list[BaseTask], *, waited: bool = False
+    ) -> None:
         try:
-            if backend.state() != "RUNNING":
-                await backend
+            if waited:
+                if backend.state() != "RUNNING":
+                    await backend
                 group = [task for task in group if not task.done()]  # canceled meanwhile
             # Another session may have had it in between.
             backend.attach(self._owner, self.settle, self._folder)
@@ -140,7 +199,12 @@ class Flow:
 
     # ------------------------------------------------------------------ dependencies
 
-    async def relate(self, tasks: list[BaseTask], refused: dict[str, RhapsodyError]) -> None:
+    async def relate(
+        self,
+        tasks: list[BaseTask],
+        refused: dict[str, RhapsodyError],
+        under_way: list[asyncio.Task[None]],
+    ) -> None:
         """Let children wait for their parents; refuse those in a cycle or without a parent here."""
         order, cycles = parents_first(tasks)
         bad: dict[str, RhapsodyError] = {
@@ -158,7 +222,7 @@ class Flow:
             elif not task.done():  # the session may have been closed meanwhile
                 self._place(task, parents, groups)
             if not place % CHUNK:
-                await self.hand_over(groups)
+                await self.hand_over(groups, under_way)
                 groups = {}
                 await asyncio.sleep(0)
         for uid in bad:
@@ -167,7 +231,7 @@ class Flow:
             self._records.pop(uid, None)
         self.admitted -= len(bad)
         refused.update(bad)
-        await self.hand_over(groups)
+        await self.hand_over(groups, under_way)
 
     def _place(
         self, task: BaseTask, parents: list[BaseTask], groups: dict[str, list[BaseTask]]
@@ -233,12 +297,13 @@ class Flow:
             if not task.done():
                 task.state = "SUBMITTED" if task.state == "WAITING" else task.state
                 groups.setdefault(task.backend or "", []).append(task)
-        await self.hand_over(groups)
+        await self.hand_over(groups, [])
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     # ------------------------------------------------------------------ settle
 
@@ -442,8 +507,7 @@ class Flow:
         record = self.record(task)
         record.canceled = True
         backend = self.backends[task.backend or ""]
-        if backend.state() == "INITIALIZED" or any(task is ready for ready in self._ready):
-            # Its backend has not been given it, or not again.
+        if not backend.holds(task.uid):  # not yet, or not again
             self.settle([(task, "CANCELED", None)])
             return True
         try:
@@ -482,7 +546,7 @@ class Flow:
         results = await asyncio.gather(
             *(backend.shutdown() for backend in self.backends.values()), return_exceptions=True
         )
-        if self._background:
+        while self._background:  # some send others
             await asyncio.wait(self._background)
         self.settle([(task, "CANCELED", None) for task in left if not task.done()])
         for name, result in zip(self.backends, results, strict=True):

@@ -153,20 +153,24 @@ class Session:
         futures: list[asyncio.Future[Any]] = []
         refused: dict[str, RhapsodyError] = {}
         related: list[BaseTask] = []
+        under_way: list[asyncio.Task[None]] = []
         pending = iter(tasks)
         seen = 0
         try:
             while chunk := list(itertools.islice(pending, CHUNK)):
                 groups = self._admit(chunk, futures, related, refused, seen)
                 seen += len(chunk)
-                await self._flow.hand_over(groups)
+                await self._flow.hand_over(groups, under_way)
                 await asyncio.sleep(0)  # a submit of any size leaves the loop to others in between
                 if self._closing is not None:
                     raise SessionError(f"session '{self.uid}' was closed during a submit")
             if related:
-                await self._flow.relate(related, refused)
+                await self._flow.relate(related, refused, under_way)
+            if under_way:
+                await asyncio.wait(under_way)
         except BaseException:
             self._flow.settle([(task, "CANCELED", None) for task in related if task.state == "NEW"])
+            await self._flow.take_back(under_way)
             raise
         if refused:
             raise refusal(refused)

@@ -268,6 +268,10 @@ class BaseExecutionBackend:
                 live.pop(task["uid"], None)
             raise
 
+    def holds(self, uid: str) -> bool:
+        """Whether a task was handed over, and has not ended as far as has been heard."""
+        return uid in self._live
+
     async def cancel_task(self, uid: str) -> bool:
         """Stop a task; True when it is known to be stopped, False for one that is not here."""
         task = self._live.get(uid)
