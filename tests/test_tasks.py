@@ -321,6 +321,36 @@ def test_one_tasks_options_are_not_anothers() -> None:
     assert second.task_backend_specific_kwargs == {}
 
 
+async def test_what_an_author_puts_into_an_empty_field_is_that_tasks_only(tmp_path: Path) -> None:
+    loud, quiet = (ComputeTask(executable="/bin/pwd") for _ in range(2))
+    loud.arguments.append("-L")
+    loud["task_backend_specific_kwargs"]["cwd"] = str(tmp_path / "below")
+    (tmp_path / "below").mkdir()
+    named, plain = (ComputeTask(function=dict) for _ in range(2))
+    named.kwargs["boo"] = 1  # type: ignore[index]
+    asked = AITask(prompt="why?", model="m")
+    asked.task_backend_specific_kwargs["speed"] = 1
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        tasks = [loud, quiet, named, plain]
+        await session.submit_tasks(tasks)
+        await session.wait_tasks(tasks)
+    assert (loud.stdout, quiet.stdout) == (f"{tmp_path}/below\n", f"{tmp_path}\n")
+    assert (named.return_value, plain.return_value) == ({"boo": 1}, {})
+    assert AITask(prompt="why?", model="m").task_backend_specific_kwargs == {}
+    assert (quiet.arguments, quiet.task_backend_specific_kwargs) == ([], {})
+    plain.kwargs["late"] = 1  # type: ignore[index]
+    quiet.get("arguments").append("late")
+    assert (ComputeTask(function=dict).kwargs, ComputeTask(executable="x").arguments) == ({}, [])
+
+
+def test_a_copys_fields_are_its_own() -> None:
+    task = ComputeTask(function=double, retries=1)
+    twin = copy.copy(task)
+    twin.retries, twin["note"] = 5, "mine"
+    assert task.retries == 1
+    assert "note" not in task
+
+
 def test_tasks_are_hashable_and_equal_only_to_themselves() -> None:
     one, other = ComputeTask(function=double, uid="same"), ComputeTask(function=double, uid="same")
     assert one == one

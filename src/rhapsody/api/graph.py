@@ -36,7 +36,7 @@ def parents_of(task: BaseTask) -> list[BaseTask]:
     """
     parents = list(task.after)
     if isinstance(task, ComputeTask):
-        for value in (*task.args, *task.kwargs.values(), *task.arguments):
+        for value in (*task.args, *task._kwargs.values(), *task.get("arguments")):
             if isinstance(value, BaseTask):
                 parents.append(value)
             elif isinstance(value, _CONTAINERS):
@@ -59,8 +59,8 @@ def bind(task: BaseTask) -> None:
     if isinstance(task, ComputeTask):
         task._bound = {
             "args": tuple(_resolve(value) for value in task.args),
-            "kwargs": {name: _resolve(value) for name, value in task.kwargs.items()},
-            "arguments": [_resolve(value) for value in task.arguments],
+            "kwargs": {name: _resolve(value) for name, value in task._kwargs.items()},
+            "arguments": [_resolve(value) for value in task.get("arguments")],
         }
 
 

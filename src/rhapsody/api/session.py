@@ -205,7 +205,7 @@ class Session:
                 and task.state == "NEW"
                 and functions
                 and (not task.args or hold_no_tasks(task.args))
-                and (not task.kwargs or hold_no_tasks(task.kwargs.values()))
+                and (not task._kwargs or hold_no_tasks(task._kwargs.values()))
                 and known.setdefault(task.uid, task) is task
             ):
                 task.backend = default.name

@@ -9,12 +9,13 @@ costs a microsecond and a quarter of a kilobyte.
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import itertools
 import os
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
 
 from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
@@ -48,6 +49,7 @@ class _Option(Generic[T]):
 
     def __init__(self, default: T) -> None:
         self.default = default
+        self.grows = isinstance(default, (list, dict))  # the author may put something into it
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -60,7 +62,14 @@ class _Option(Generic[T]):
         if task is None:
             return self
         options = task._options
-        return self.default if options is None else options.get(self.name, self.default)
+        if options is not None and self.name in options:
+            return cast("T", options[self.name])
+        if not self.grows:
+            return self.default
+        empty = copy.copy(self.default)
+        if task.state == "NEW":  # later nobody would look into it, and other threads read the task
+            self.__set__(task, empty)
+        return empty
 
     def __set__(self, task: BaseTask, value: T) -> None:
         if task._options is None:
@@ -288,7 +297,12 @@ class BaseTask(MutableMapping[str, Any]):
         raise KeyError(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a field, or the default where there is no such field."""
+        """Return a field, or the default where there is no such field.
+
+        Where nothing is in a field, an empty list or dict that is got so is not the task's own.
+        """
+        if key in _GROWING and (self._options is None or key not in self._options):
+            return _GROWING[key]()
         return getattr(self, key) if key in self._field_set else super().get(key, default)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -384,18 +398,27 @@ class ComputeTask(BaseTask):
     The other arguments, and the errors, are those of `BaseTask`.
     """
 
-    __slots__ = ("args", "executable", "function", "kwargs")
+    __slots__ = ("_kwargs", "args", "executable", "function")
 
     executable: str | None
     function: Callable[..., Any] | None
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    _kwargs: Mapping[str, Any]
 
     arguments = _Option[list[Any]]([])
 
     _given = (*BaseTask._given, "arguments")
-    _own = ("executable", "function", "args", "kwargs")
-    _fields = ("uid", "backend", *_own, *_given, *BaseTask._outcome)
+    _own = ("executable", "function", "args", "_kwargs")
+    _fields = (
+        "uid",
+        "backend",
+        "executable",
+        "function",
+        "args",
+        "kwargs",
+        *_given,
+        *BaseTask._outcome,
+    )
     _field_set = frozenset(_fields)
 
     def __init__(
@@ -423,7 +446,7 @@ class ComputeTask(BaseTask):
         self._options = self._future = self._bound = None
         self.function = function
         self.args = () if args is None else args  # type: ignore[assignment]
-        self.kwargs = _NO_KWARGS if kwargs is None else kwargs
+        self._kwargs = _NO_KWARGS if kwargs is None else kwargs
         if function is None or executable is not None:
             self._take_executable(executable, arguments)
         elif not callable(function):
@@ -435,12 +458,26 @@ class ComputeTask(BaseTask):
                 f"task '{self.uid}': arguments are an executable's; a function has args and kwargs"
             )
         if args is not None or kwargs is not None:
-            _check_inputs(self.uid, self.args, self.kwargs)
+            _check_inputs(self.uid, self.args, self._kwargs)
         if options or backend or input_files or output_files or capture_stdio:
             options.update(
                 input_files=input_files, output_files=output_files, capture_stdio=capture_stdio
             )
             self._take_options(options)
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """The function's keyword arguments."""
+        if self._kwargs is not _NO_KWARGS:
+            return self._kwargs
+        empty: dict[str, Any] = {}
+        if self.state == "NEW":  # the author may put something into it
+            self._kwargs = empty
+        return empty
+
+    @kwargs.setter
+    def kwargs(self, value: Mapping[str, Any]) -> None:
+        self._kwargs = value
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -472,7 +509,7 @@ class ComputeTask(BaseTask):
                         f" not {argument!r}"
                     )
             self.arguments = list(arguments)
-        if self.args or self.kwargs:
+        if self.args or self._kwargs:
             raise TaskValidationError(
                 f"task '{self.uid}': args and kwargs are a function's; an executable has arguments"
             )
@@ -561,7 +598,8 @@ class AITask(BaseTask):
         )
 
 
-_NO_KWARGS: Mapping[str, Any] = {}
+_NO_KWARGS: Mapping[str, Any] = {}  # of all tasks without; nobody is given it to write into
+_GROWING: dict[str, type[Any]] = {"arguments": list, "task_backend_specific_kwargs": dict}
 
 
 # Fields that are None until they are set: what is not stored at construction costs nothing there.
@@ -620,6 +658,9 @@ def _restore(cls: type[BaseTask], state: dict[str, Any]) -> BaseTask:
     task._future = task._bound = None
     for name, value in state.items():
         setattr(task, name, value)
+    # A copy, which is made this way too, has fields of its own.
+    for name in ("_options", "_results"):
+        setattr(task, name, state[name] and {**state[name]})
     return task
 
 
