@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import pickle
 import random
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -356,6 +358,41 @@ async def test_a_failure_runs_down_a_long_chain() -> None:
         await session.wait_tasks(chain, timeout=60)
     assert {task.state for task in chain} == {"FAILED"}
     assert isinstance(chain[-1].exception, DependencyError)
+
+
+@pytest.mark.parametrize(
+    "cross", [lambda thing: pickle.loads(pickle.dumps(thing)), copy.copy, copy.deepcopy]
+)
+async def test_what_is_left_of_a_long_chain_crosses(cross: Callable[[Any], Any]) -> None:
+    first, good = ComputeTask(function=fail), ComputeTask(function=add)
+    bad = [first, *links(2_000, after=first)]
+    sums = [good]
+    for _ in range(1_000):
+        sums.append(ComputeTask(function=add, args=(sums[-1], 1)))
+        sums.append(ComputeTask(function=sum, args=([sums[-1], 1],)))
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks([*bad, *sums])
+        await session.wait_tasks([*bad, *sums])
+    error = cross(bad[-1].exception)
+    assert str(error) == str(bad[-1].exception)
+    assert (error.parent, type(error.root)) == (bad[-2].uid, KeyError)
+    assert (error.cause.uid, type(error.cause.root)) == (bad[-2].uid, KeyError)
+    task, fine = cross(bad[-1]), cross(sums[-1])
+    assert [parent.uid for parent in task.after] == [bad[-2].uid]
+    assert str(task.exception) == str(error)
+    parent = fine.args[0][0]
+    assert (parent.uid, parent.state) == (sums[-2].uid, "DONE")
+    assert (fine.result(), parent.result()) == (2_000, 1_999)
+
+
+async def test_a_new_graph_crosses_whole() -> None:
+    parent = ComputeTask(function=add, args=(1, 2))
+    child = ComputeTask(function=add, args=(parent, 4), after=[parent])
+    tasks = pickle.loads(pickle.dumps([parent, child]))
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks(tasks)
+        await tasks[1]
+    assert tasks[1].return_value == 7
 
 
 async def test_the_message_of_a_deep_failure_is_short() -> None:

@@ -9,16 +9,16 @@ from typing import Any
 
 from rhapsody.runtime.errors import TaskValidationError
 
+from .places import OPEN, swap
 from .task import BaseTask, ComputeTask
 
 __all__ = ["bind", "hold_no_tasks", "parents_first", "parents_of"]
 
 _ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
 
-# Where results take the places of tasks. Results need not hash, and two of them may be equal, so
-# that a set of them may be none, or smaller; and how a class of its own is made, is not known.
-_OPEN = (list, tuple, dict)
-_CONTAINERS = (*_OPEN, set, frozenset)
+# Of these only the open ones: results need not hash, and two of them may be equal, so that a set of
+# them may be none, or smaller; and how a class of its own is made, is not known.
+_CONTAINERS = (*OPEN, set, frozenset)
 
 
 def hold_no_tasks(values: Iterable[Any]) -> bool:
@@ -42,7 +42,7 @@ def parents_of(task: BaseTask) -> list[BaseTask]:
             elif isinstance(value, _CONTAINERS):
                 inside = value.values() if isinstance(value, dict) else value
                 found = [inner for inner in inside if isinstance(inner, BaseTask)]
-                if found and type(value) not in _OPEN:
+                if found and type(value) not in OPEN:
                     raise TaskValidationError(
                         f"task '{task.uid}': task '{found[0].uid}' is in a {type(value).__name__},"
                         " where its result cannot take its place; use a list, tuple or dict"
@@ -58,20 +58,10 @@ def bind(task: BaseTask) -> None:
     """
     if isinstance(task, ComputeTask):
         task._bound = {
-            "args": tuple(_resolve(value) for value in task.args),
-            "kwargs": {name: _resolve(value) for name, value in task._kwargs.items()},
-            "arguments": [_resolve(value) for value in task.get("arguments")],
+            "args": tuple(swap(value, _result) for value in task.args),
+            "kwargs": {name: swap(value, _result) for name, value in task._kwargs.items()},
+            "arguments": [swap(value, _result) for value in task.get("arguments")],
         }
-
-
-def _resolve(value: Any) -> Any:
-    if isinstance(value, BaseTask):
-        return _result(value)
-    if type(value) in (list, tuple):
-        return type(value)(_result(inner) for inner in value)
-    if type(value) is dict:
-        return {name: _result(inner) for name, inner in value.items()}
-    return value
 
 
 def _result(value: Any) -> Any:

@@ -21,12 +21,15 @@ from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
 from rhapsody.runtime.words import said, text_of
 
+from .places import inside, swap
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__ = ["TERMINAL", "AITask", "BaseTask", "ComputeTask", "as_task"]
 
 T = TypeVar("T")
+SomeTask = TypeVar("SomeTask", bound="BaseTask")
 
 _spare_uids: list[str] = []
 _uid_blocks = itertools.count()
@@ -345,12 +348,34 @@ class BaseTask(MutableMapping[str, Any]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.uid} {self.state}>"
 
+    def __copy__(self) -> Self:
+        return _restore(type(self), self._state())
+
     def __reduce__(self) -> tuple[Any, ...]:
-        names = ("uid", "backend", "state", "return_value", "exception", "_options", "_results")
-        state = {name: getattr(self, name) for name in (*names, *self._own)}
+        state = self._state()
         if self._result("_trace") is not None:  # a traceback does not pickle, its text does
             state["_results"] = {**(self._results or {}), "stderr": self.stderr, "_trace": None}
+        for fields in (state, state["_options"] or {}):
+            for name in _ABOUT_PARENTS & fields.keys():
+                fields[name] = _flatten(fields[name])
         return _restore, (type(self), state)
+
+    def _state(self) -> dict[str, Any]:
+        names = ("uid", "backend", "state", "return_value", "exception", "_options", "_results")
+        state = {name: getattr(self, name) for name in (*names, *self._own)}
+        if self._options is not None:
+            state["_options"] = {n: v for n, v in self._options.items() if n != "_dict"}
+        return state
+
+    def _reference(self) -> Self:
+        """Who a parent is, how it ended and with what, without its own parents."""
+        twin = copy.copy(self)
+        for name in _ABOUT_PARENTS:
+            if twin._options is not None:
+                twin._options.pop(name, None)
+        if isinstance(twin, ComputeTask):
+            twin.args, twin._kwargs = (), _NO_KWARGS
+        return twin
 
     # ------------------------------------------------------------------ construction
 
@@ -653,7 +678,31 @@ def as_task(given: Any) -> BaseTask:
     return task
 
 
-def _restore(cls: type[BaseTask], state: dict[str, Any]) -> BaseTask:
+# Fields in which parents are.
+_ABOUT_PARENTS = frozenset({"after", "args", "_kwargs", "arguments"})
+
+
+def _flatten(values: Any) -> Any:
+    """Put references in the places of parents that have been submitted.
+
+    All that came before them would be pickled along, in a chain deeper than Python can go. A graph
+    that is new stays whole, so that it can be submitted where it arrives.
+    """
+
+    def flat(value: Any) -> Any:
+        return value._reference() if _is_past(value) else value
+
+    def deeper(value: Any) -> Any:
+        return swap(value, flat) if any(map(_is_past, inside(value))) else value
+
+    return swap(values, deeper)
+
+
+def _is_past(value: Any) -> bool:
+    return isinstance(value, BaseTask) and value.state != "NEW"
+
+
+def _restore(cls: type[SomeTask], state: dict[str, Any]) -> SomeTask:
     task = cls.__new__(cls)
     task._future = task._bound = None
     for name, value in state.items():
