@@ -426,6 +426,39 @@ def test_links_make_files_visible(tmp_path: Path) -> None:
         backend.link_explicit_data_deps(dst_task=target, file_name="x")
 
 
+def test_links_are_where_the_resources_say(tmp_path: Path) -> None:
+    backend = ConcurrentExecutionBackend()
+    places = [str(tmp_path / name) for name in ("one", "two")]
+    one, two = (
+        ComputeTask(executable="x", output_files=["o"], resources=Resources(cwd=place))
+        for place in places
+    )
+    made = backend.link_explicit_data_deps(one, two, "o")
+    assert made == {"source": f"{places[0]}/o", "target": f"{places[1]}/o"}
+    assert os.readlink(made["target"]) == made["source"]
+    assert backend.link_implicit_data_deps(one, two) == {"target": [made["target"]]}
+
+
+def test_a_link_points_to_what_is_said_of_it(tmp_path: Path) -> None:
+    """One made before is replaced; what is not ours is left alone, and said to be in the way."""
+    backend = ConcurrentExecutionBackend()
+
+    def task(name: str) -> dict[str, Any]:
+        return {"uid": name, "task_backend_specific_kwargs": {"cwd": str(tmp_path / name)}}
+
+    first, second, reader = task("first"), task("second"), task("reader")
+    for producer in (first, second, second):
+        made = backend.link_explicit_data_deps(producer, reader, "o")
+        assert os.readlink(made["target"]) == made["source"]
+    os.unlink(made["target"])
+    os.symlink("/somewhere/else", made["target"])
+    (tmp_path / "reader" / "p").write_text("mine")
+    for name in ("o", "p"):
+        with pytest.raises(TaskValidationError, match=f"reader/{name}' exists, and is not a link"):
+            backend.link_explicit_data_deps(first, reader, name)
+    assert (tmp_path / "reader" / "p").read_text() == "mine"
+
+
 def test_what_else_frameworks_find_on_a_backend() -> None:
     backend = ManualBackend()
     assert BaseBackend is BaseExecutionBackend

@@ -87,6 +87,7 @@ class BaseExecutionBackend:
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._live: dict[str, Task] = {}
+        self._links: dict[str, str] = {}  # made for data dependencies: what each points to, by path
         self._events: deque[Event] = deque()
         self._armed = False
         self._callback: Callable[[Task, str], Any] | None = None
@@ -431,7 +432,8 @@ class BaseExecutionBackend:
         Returns a dict with `source` and `target`, paths on the file system that the tasks share.
 
         Raises:
-            TaskValidationError: neither a producer nor a path, or no file name is given.
+            TaskValidationError: neither a producer nor a path, or no file name is given; or another
+                file has that name already, other than a link made here before, which is replaced.
         """
         name = file_name or (os.path.basename(file_path) if file_path else None)
         if name is None or (src_task is None and file_path is None):
@@ -440,10 +442,21 @@ class BaseExecutionBackend:
             )
         source = os.path.abspath(file_path or os.path.join(self._folder(src_task), name))
         target = os.path.abspath(os.path.join(self._folder(dst_task), os.path.basename(name)))
-        if source != target and not os.path.lexists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.symlink(source, target)
+        if source != target:
+            self._link(source, target)
         return {"source": source, "target": target}
+
+    def _link(self, source: str, target: str) -> None:
+        there = os.readlink(target) if os.path.islink(target) else None
+        if there == source:
+            return
+        if there is not None and there == self._links.get(target):
+            os.unlink(target)  # a task's that came before
+        elif os.path.lexists(target):
+            raise TaskValidationError(f"'{target}' exists, and is not a link to '{source}'")
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.symlink(source, target)
+        self._links[target] = source
 
     def link_implicit_data_deps(self, src_task: Task, dst_task: Task) -> dict[str, Any]:
         """Make what the producer says it writes (`output_files`) visible to the consumer.
@@ -456,8 +469,10 @@ class BaseExecutionBackend:
 
     def _folder(self, task: Task) -> str:
         """The folder in which a task runs."""
-        options = (task.get("task_backend_specific_kwargs") or {}) if task is not None else {}
-        return os.fspath(options.get("cwd") or os.getcwd())
+        if task is None:
+            return os.getcwd()
+        options, need = task.get("task_backend_specific_kwargs") or {}, task.get("resources")
+        return os.fspath(options.get("cwd") or (need and need.cwd) or os.getcwd())
 
 
 _TIMES = frozenset({"started", "ended"})
