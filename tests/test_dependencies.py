@@ -180,6 +180,24 @@ async def test_a_plain_dict_may_have_parents() -> None:
     assert child["return_value"] == 4
 
 
+async def test_a_plain_dict_may_be_a_parent() -> None:
+    """In `after=`, once it is submitted; among arguments it is data."""
+    parent: dict[str, Any] = {"function": fail}
+    first = ComputeTask(function=noop, after=[parent])
+    second: dict[str, Any] = {"function": noop, "after": parent}
+    data = ComputeTask(function=collect, args=(parent,))
+    never = ComputeTask(function=noop, after=[{"uid": "unheard-of"}])
+    early = ComputeTask(function=noop, after=[{"function": noop}])
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        with pytest.raises(TaskValidationError, match="submit it before its child") as caught:
+            await session.submit_tasks([parent, first, second, data, never, early])
+        assert set(caught.value.errors) == {never.uid, early.uid}
+        await session.wait_tasks([first, second, data])
+    assert isinstance(first.exception, DependencyError)
+    assert second["exception"].parent == parent["uid"]
+    assert data.state == "DONE"
+
+
 async def test_a_child_waits_for_the_last_of_its_parents() -> None:
     backend = ManualBackend()
     parents = [ComputeTask(function=noop) for _ in range(3)]

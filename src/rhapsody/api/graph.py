@@ -12,7 +12,7 @@ from rhapsody.runtime.errors import TaskValidationError
 from .places import OPEN, swap
 from .task import BaseTask, ComputeTask
 
-__all__ = ["bind", "hold_no_tasks", "parents_first", "parents_of"]
+__all__ = ["bind", "find_parents", "hold_no_tasks", "parents_first", "parents_of"]
 
 _ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
 
@@ -49,6 +49,31 @@ def parents_of(task: BaseTask) -> list[BaseTask]:
                     )
                 parents += found
     return parents
+
+
+def find_parents(task: BaseTask, known: Mapping[str, BaseTask]) -> None:
+    """Put the tasks of plain dicts in the places of the dicts in `after`.
+
+    Raises:
+        TaskValidationError: a dict was not submitted.
+    """
+    given: tuple[Any, ...] = task.after
+    if all(isinstance(parent, BaseTask) for parent in given):
+        return
+    parents = []
+    for parent in given:
+        found = parent
+        if not isinstance(parent, BaseTask):
+            uid = parent.get("uid")
+            found = known.get(uid) if isinstance(uid, str) else None
+            if found is None or found._face() is not parent:
+                raise TaskValidationError(
+                    f"task '{task.uid}': a dict in after= must have been submitted, and"
+                    f" {'the one given was' if uid is None else f'{uid!r} was'} not; submit it"
+                    " before its child"
+                )
+        parents.append(found)
+    task.after = tuple(parents)
 
 
 def bind(task: BaseTask) -> None:

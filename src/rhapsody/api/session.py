@@ -20,7 +20,7 @@ from rhapsody.runtime.errors import RhapsodyError, SessionError, TaskValidationE
 from rhapsody.runtime.words import said
 
 from .flow import CHUNK, Flow, timeout_of
-from .graph import hold_no_tasks, parents_of
+from .graph import find_parents, hold_no_tasks, parents_of
 from .refusal import name_of, refusal, route, why_twice
 from .task import TERMINAL, BaseTask, ComputeTask, as_task
 
@@ -240,6 +240,8 @@ class Session:
         task = as_task(given)
         if task.uid in self._tasks or task.state != "NEW":
             raise TaskValidationError(why_twice(task, self._tasks))
+        if task._options is not None:
+            find_parents(task, self._tasks)
         backend = route(task, self._backends)
         if parents_of(task):
             related.append(task)

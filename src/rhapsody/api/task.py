@@ -92,7 +92,7 @@ class BaseTask(MutableMapping[str, Any]):
         resources: what the task needs.
         retries: how many more times to run it after a failure.
         timeout: seconds that it may run.
-        after: tasks that must be DONE before it starts.
+        after: tasks that must be DONE before it starts; a plain dict there was submitted before.
         task_backend_specific_kwargs: options that only this backend knows.
 
     Raises:
@@ -414,8 +414,9 @@ class ComputeTask(BaseTask):
         function: any callable, sync or async.
         arguments: of the executable, a list; numbers and paths are turned into text, a task is
             replaced by its result.
-        args, kwargs: of the function; a task among them (or in a list, tuple or dict there) is
-            awaited and replaced by its result.
+        args, kwargs: of the function; a task among them is awaited and replaced by its result, and
+            so is one directly in a list, tuple or dict there. Deeper ones are not looked for: the
+            function gets them as they are. A plain dict there is data, never a task.
         input_files, output_files: names of files that the task reads and writes.
         capture_stdio: stream the output to files in the session's folder; `stdout` and `stderr`
             are then their paths.
@@ -736,12 +737,12 @@ def _check_timeout(value: Any, what: str) -> float:
 
 
 def _check_after(value: Any, what: str) -> tuple[BaseTask, ...]:
-    parents = (value,) if isinstance(value, BaseTask) else value
+    parents = (value,) if isinstance(value, (BaseTask, dict)) else value
     if not isinstance(parents, Iterable) or isinstance(parents, (str, Mapping)):
         raise TaskValidationError(f"{what} must be a list of tasks, not {value!r}")
     parents = tuple(parents)
     for parent in parents:
-        if not isinstance(parent, BaseTask):
+        if not isinstance(parent, (BaseTask, dict)):
             raise TaskValidationError(f"{what} must be a list of tasks, found {parent!r} in it")
     return parents
 
