@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import numbers
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def test_what_the_constructor_was_given_is_found_again() -> None:
     assert expected.keys() <= dict(task).keys()
 
 
+class Half:
+    """A number of somebody's package, which says so as numpy's do."""
+
+    def __str__(self) -> str:
+        return "0.5"
+
+
+numbers.Number.register(Half)
+
+
+async def test_any_number_is_an_argument() -> None:
+    task = ComputeTask(executable="/bin/echo", arguments=[1, 2.5, Decimal("1.5"), Half()])
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks([task])
+        await task
+    assert task.stdout == "1 2.5 1.5 0.5\n"
+
+
 def test_a_path_is_an_executable_and_an_argument() -> None:
     task = ComputeTask(executable=Path("/bin/echo"), arguments=(Path("/tmp"), 1.5, b"x"))
     assert task.executable == "/bin/echo"
@@ -179,6 +199,7 @@ BAD = [
     ({"function": double, "capture_stdio": 1}, ["capture_stdio must be True or False", "1"]),
     ({"function": double, "input_files": "a"}, ["input_files must be a list", "'a'"]),
     ({"function": double, "output_files": "a"}, ["output_files must be a list", "'a'"]),
+    ({"function": double, "input_files": [1]}, ["input_files must be a list of names", "1"]),
     (
         {"function": double, "retry": 2},
         ["unknown argument 'retry'", "did you mean 'retries'", "timeout"],
@@ -216,6 +237,19 @@ def test_bad_input_is_refused_in_words_that_help(given: dict[str, Any], words: l
         ({"prompt": "x", "model": None}, "one of model=, inference_endpoint= and backend="),
         ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'"),
         ({"prompt": "x", "ranks": 1}, "Resources(ranks="),
+        ({"prompt": ["x", 5]}, "prompt must be of texts or chat messages, found 5"),
+        ({"prompt": "x", "model": 5}, "model must be a text, not 5"),
+        ({"prompt": "x", "inference_endpoint": 5}, "inference_endpoint must be a text"),
+        ({"prompt": "x", "system_prompt": 5}, "system_prompt must be a text, not 5"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature must be a number of at least 0"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature must be a number"),
+        ({"prompt": "x", "temperature": True}, "temperature must be a number"),
+        ({"prompt": "x", "max_tokens": -5}, "max_tokens must be a whole number of at least 1"),
+        ({"prompt": "x", "max_tokens": 5.0}, "max_tokens must be a whole number"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p must be a number from 0 to 1, not 1.5"),
+        ({"prompt": "x", "top_k": -2}, "top_k must be a whole number of at least -1"),
+        ({"prompt": "x", "stop_sequences": 5}, "stop_sequences must be a list of texts, not 5"),
+        ({"prompt": "x", "stop_sequences": ["a", 5]}, "must be a list of texts, found 5 in it"),
     ],
 )
 def test_a_bad_ai_task_is_refused(given: dict[str, Any], words: str) -> None:

@@ -21,6 +21,7 @@ from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
 from rhapsody.runtime.words import said, text_of
 
+from .checks import ARGUMENT, CHECKS, check_inputs, check_prompt, check_uid
 from .places import inside, swap
 
 if TYPE_CHECKING:
@@ -383,7 +384,7 @@ class BaseTask(MutableMapping[str, Any]):
 
     def _begin(self, uid: str | None, backend: str | None) -> None:
         try:
-            self.uid = _spare_uids.pop() if uid is None else _check_uid(uid)
+            self.uid = _spare_uids.pop() if uid is None else check_uid(uid)
         except IndexError:
             self.uid = _make_uids()
         self.backend = backend
@@ -464,7 +465,7 @@ class ComputeTask(BaseTask):
     ) -> None:
         # The statements of `_begin`, which a call would make half as expensive again.
         try:
-            self.uid = _spare_uids.pop() if uid is None else _check_uid(uid)
+            self.uid = _spare_uids.pop() if uid is None else check_uid(uid)
         except IndexError:
             self.uid = _make_uids()
         self.backend = backend
@@ -484,7 +485,7 @@ class ComputeTask(BaseTask):
                 f"task '{self.uid}': arguments are an executable's; a function has args and kwargs"
             )
         if args is not None or kwargs is not None:
-            _check_inputs(self.uid, self.args, self._kwargs)
+            check_inputs(self.uid, self.args, self._kwargs)
         if options or backend or input_files or output_files or capture_stdio:
             options.update(
                 input_files=input_files, output_files=output_files, capture_stdio=capture_stdio
@@ -529,7 +530,7 @@ class ComputeTask(BaseTask):
                     f"task '{self.uid}': arguments must be a list, not {arguments!r}"
                 )
             for argument in arguments:
-                if not isinstance(argument, (str, int, float, os.PathLike, bytes, BaseTask)):
+                if not isinstance(argument, (*ARGUMENT, BaseTask)):
                     raise TaskValidationError(
                         f"task '{self.uid}': an argument must be text, a number, a path or a task,"
                         f" not {argument!r}"
@@ -600,10 +601,7 @@ class AITask(BaseTask):
         **options: Any,
     ) -> None:
         self._begin(uid, backend)
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise TaskValidationError(
-                f"task '{self.uid}': prompt must be a non-empty text or list, not {prompt!r}"
-            )
+        check_prompt(self.uid, prompt)
         if not (model or inference_endpoint or backend):
             raise TaskValidationError(
                 f"task '{self.uid}': one of model=, inference_endpoint= and backend= is needed"
@@ -642,19 +640,6 @@ def _make_uids() -> str:
     uid = uids.pop()
     _spare_uids.extend(uids)
     return uid
-
-
-def _check_uid(uid: Any) -> str:
-    if not isinstance(uid, str) or not uid or "/" in uid or "\0" in uid:
-        raise TaskValidationError(f"uid must be a non-empty text without '/', not {uid!r}")
-    return uid
-
-
-def _check_inputs(uid: str, args: Any, kwargs: Any) -> None:
-    if not isinstance(args, (tuple, list)):
-        raise TaskValidationError(f"task '{uid}': args must be a tuple or a list, not {args!r}")
-    if not isinstance(kwargs, Mapping):
-        raise TaskValidationError(f"task '{uid}': kwargs must be a dict, not {kwargs!r}")
 
 
 def as_task(given: Any) -> BaseTask:
@@ -724,18 +709,6 @@ def _explain(name: str, cls: type[BaseTask]) -> str:
     return f"unknown argument '{name}'{hint}; accepted: {', '.join(known)}"
 
 
-def _check_retries(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TaskValidationError(f"{what} must be a whole number of at least 0, not {value!r}")
-    return value
-
-
-def _check_timeout(value: Any, what: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise TaskValidationError(f"{what} must be seconds above 0, not {value!r}")
-    return float(value)
-
-
 def _check_after(value: Any, what: str) -> tuple[BaseTask, ...]:
     parents = (value,) if isinstance(value, (BaseTask, dict)) else value
     if not isinstance(parents, Iterable) or isinstance(parents, (str, Mapping)):
@@ -747,22 +720,4 @@ def _check_after(value: Any, what: str) -> tuple[BaseTask, ...]:
     return parents
 
 
-def _check_type(kind: type[T], words: str) -> Callable[[Any, str], T]:
-    def check(value: Any, what: str) -> T:
-        if not isinstance(value, kind):
-            raise TaskValidationError(f"{what} must be {words}, not {value!r}")
-        return value
-
-    return check
-
-
-_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "retries": _check_retries,
-    "timeout": _check_timeout,
-    "after": _check_after,
-    "resources": _check_type(Resources, "Resources(...)"),
-    "task_backend_specific_kwargs": _check_type(dict, "a dict"),
-    "capture_stdio": _check_type(bool, "True or False"),
-    "input_files": _check_type(list, "a list of names"),
-    "output_files": _check_type(list, "a list of names"),
-}
+_CHECKS = {**CHECKS, "after": _check_after}

@@ -3,7 +3,8 @@
 A backend in a package of its own subclasses `BaseExecutionBackend`, says in `kinds` and
 `option_keys` what it can run, overrides the five hooks `_start`, `_submit`, `_cancel`, `_stop` and
 `_check`, finds what a task runs with `inputs_of` or `command_of`, and reports what its engine says
-with `deliver`, from any thread.
+with `deliver`, from any thread: RUNNING when a task starts, and how it ended. A task's `timeout`
+counts from RUNNING on, so that an engine that leaves it out runs tasks without one.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class BaseExecutionBackend:
         """Bring the engine up; raise BackendError if it cannot be."""
 
     async def _submit(self, tasks: list[Task]) -> None:
-        """Hand tasks, each checked, to the engine."""
+        """Hand tasks, each checked, to the engine; deliver RUNNING of each when it starts."""
         raise NotImplementedError
 
     async def _cancel(self, task: Task) -> bool:
