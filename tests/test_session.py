@@ -137,7 +137,45 @@ async def test_wait_tasks_takes_one_task_and_none() -> None:
         assert await session.submit_tasks([]) == []
         assert await session.wait_tasks([]) == []
         await session.submit_tasks([task])
-        assert await session.wait_tasks(task) == [task]  # type: ignore[arg-type]
+        assert await session.wait_tasks(task) == [task]
+
+
+async def test_one_task_stands_for_a_list_of_it() -> None:
+    async with Session([NoopExecutionBackend()]) as session:
+        task = ComputeTask(function=noop)
+        other: Any = {"function": noop}
+        await session.submit_tasks([task, other])
+        assert [ended async for ended in session.as_completed(task)] == [task]
+        assert [ended async for ended in session.as_completed(other)] == [other]
+        session.forget(task)
+        session.forget(other)
+        with pytest.raises(SessionError, match="was forgotten"):
+            await session.cancel(task)
+
+
+async def test_wrong_arguments_are_session_errors() -> None:
+    wrong: Any = 5
+    with pytest.raises(SessionError, match="work_dir must be the path of a folder, not 5"):
+        Session(work_dir=wrong)
+    async with Session([NoopExecutionBackend()]) as session:
+        text: Any = "task.000001"
+        for given in (wrong, text):
+            with pytest.raises(SessionError, match="a task or a list of tasks is needed"):
+                await session.wait_tasks(given)
+        with pytest.raises(SessionError, match="a task or a list of tasks is needed"):
+            await anext(session.as_completed(wrong))
+        with pytest.raises(SessionError, match="a task or a list of tasks is needed, not 5"):
+            session.forget(wrong)
+        limits: list[Any] = ["x", float("nan")]
+        for limit in limits:
+            with pytest.raises(SessionError, match="timeout must be seconds"):
+                await session.wait_tasks([], timeout=limit)
+        with pytest.raises(SessionError, match="map takes a list of items, not 5"):
+            await session.map(noop, wrong)
+        own: list[dict[str, Any]] = [{"args": (1,)}, {"executable": "x"}]
+        for fields in own:
+            with pytest.raises(SessionError, match="= is not accepted"):
+                await session.map(noop, [1], **fields)
 
 
 async def test_a_timeout_of_the_wait_leaves_the_tasks_alone() -> None:

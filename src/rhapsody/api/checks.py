@@ -81,8 +81,8 @@ def _list_of(kinds: tuple[type, ...], words: str) -> Callable[[Any, str], list[A
 
 def _number(least: float, most: float, words: str) -> Callable[[Any, str], Any]:
     def check(value: Any, what: str) -> Any:
-        real = isinstance(value, Real) and type(value) is not bool
-        if not real or not least <= float(value) <= most:
+        known = not isinstance(value, bool) and isinstance(value, Real)
+        if not known or not least <= float(value) <= most:
             raise TaskValidationError(f"{what} must be {words}, not {value!r}")
         return value
 

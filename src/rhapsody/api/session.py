@@ -32,6 +32,9 @@ __all__ = ["Session", "observers"]
 #: Called with each new session; the command line follows the sessions of a script by it.
 observers: list[Callable[[Session], None]] = []
 
+#: of a session, or one of them
+Tasks = Iterable[BaseTask | dict[str, Any]] | BaseTask | dict[str, Any]
+
 _session_numbers = itertools.count()
 
 
@@ -46,8 +49,9 @@ class Session:
             current folder, where none is given.
 
     Raises:
-        SessionError: two backends have one name, something is not a backend, or the uid cannot
-            name a folder.
+        SessionError: two backends have one name, something is not a backend, the uid cannot
+            name a folder, or the work_dir is no path.
+        BackendError: a backend still runs tasks of another session.
     """
 
     def __init__(
@@ -56,6 +60,9 @@ class Session:
         uid: str | None = None,
         work_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        path: Any = work_dir  # as authors write it
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise SessionError(f"work_dir must be the path of a folder, not {path!r}")
         self.uid = f"session.{next(_session_numbers):04d}" if uid is None else _check_uid(uid)
         self.work_dir = Path(work_dir or os.environ.get("RHAPSODY_WORK_DIR") or Path.cwd())
         self._path: Path | None = None
@@ -78,6 +85,7 @@ class Session:
 
         Raises:
             SessionError: it is no backend, its name is taken, or the session is closed.
+            BackendError: it still runs tasks of another session.
         """
         if self._closing is not None:
             raise SessionError(f"session '{self.uid}' is closed")
@@ -276,16 +284,17 @@ class Session:
             )
         return found
 
-    async def wait_tasks(
-        self, tasks: Iterable[BaseTask | dict[str, Any]], timeout: float | None = None
-    ) -> list[Any]:
+    async def wait_tasks(self, tasks: Tasks, timeout: float | None = None) -> list[Any]:
         """Wait until every task has ended, however it ended; returns the tasks.
 
         Raises:
             asyncio.TimeoutError: `timeout` seconds are over; the tasks run on.
-            SessionError: a task is not in this session.
+            SessionError: a task is not in this session, or `timeout` is no number.
         """
-        given = [tasks] if isinstance(tasks, (BaseTask, dict)) else list(tasks)
+        given = _listed(tasks)
+        limit: Any = timeout  # as authors write it
+        if limit is not None and (not isinstance(limit, (int, float)) or limit != limit):
+            raise SessionError(f"timeout must be seconds, not {limit!r}")
         if timeout is None:
             await self._wait(given)
         else:
@@ -302,15 +311,13 @@ class Session:
                 self._flow.enter()
                 await asyncio.wait((task._waitable(),))
 
-    async def as_completed(
-        self, tasks: Iterable[BaseTask | dict[str, Any]]
-    ) -> AsyncIterator[BaseTask]:
+    async def as_completed(self, tasks: Tasks) -> AsyncIterator[BaseTask]:
         """Yield tasks as they end, however they end.
 
         Raises:
             SessionError: a task is not in this session.
         """
-        found = [self._find(task) for task in tasks]
+        found = [self._find(task) for task in _listed(tasks)]
         ended: deque[BaseTask] = deque()
         bell = asyncio.Event()
         if not all(task.done() for task in found):
@@ -341,7 +348,13 @@ class Session:
         Raises:
             Exception: what the first failed call raised, in the order of the items.
             TaskValidationError: as `ComputeTask` and `submit_tasks`.
+            SessionError: `iterable` is none, or `task_fields` say what is run, which `map` does.
         """
+        items: Any = iterable  # as authors write it
+        if not isinstance(items, Iterable):
+            raise SessionError(f"map takes a list of items, not {items!r}")
+        if own := {"args", "executable"} & task_fields.keys():
+            raise SessionError(f"map says itself what a task runs; {min(own)}= is not accepted")
         tasks = [ComputeTask(function=function, args=(i,), **task_fields) for i in iterable]
         await self.submit_tasks(tasks)
         await self.wait_tasks(tasks)
@@ -350,7 +363,7 @@ class Session:
                 await task
         return [task.return_value for task in tasks]
 
-    def forget(self, tasks: Iterable[BaseTask | dict[str, Any]]) -> None:
+    def forget(self, tasks: Tasks) -> None:
         """Let go of settled tasks, so that a long-lived session does not grow.
 
         Their counts stay in the statistics, and their uids may be used again.
@@ -358,7 +371,7 @@ class Session:
         Raises:
             SessionError: a task has not ended, or is not in this session; then none is forgotten.
         """
-        found = [self._find(task) for task in tasks]
+        found = [self._find(task) for task in _listed(tasks)]
         for task in found:
             if not task.done():
                 raise SessionError(f"task '{task.uid}' is {task.state}: it cannot be forgotten yet")
@@ -396,3 +409,12 @@ def _check_uid(uid: Any) -> str:
     if not isinstance(uid, str) or uid in ("", ".", "..") or "/" in uid or "\0" in uid:
         raise SessionError(f"uid must be a text that can name a folder, not {uid!r}")
     return uid
+
+
+def _listed(tasks: Any) -> list[Any]:
+    """The tasks of a list, or the one that was given in place of a list."""
+    if isinstance(tasks, (BaseTask, dict)):
+        return [tasks]
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise SessionError(f"a task or a list of tasks is needed, not {tasks!r}")
+    return list(tasks)
