@@ -26,6 +26,7 @@ from rhapsody.runtime.errors import (
 )
 from rhapsody.runtime.words import said
 
+from .doors import Doors
 from .graph import bind, parents_first, parents_of
 from .refusal import orphan
 from .task import TERMINAL, BaseTask
@@ -60,16 +61,6 @@ class _Record:
         self.children: list[BaseTask] = []
 
 
-class _Door:
-    """Through it tasks go to a backend, in the order in which they came."""
-
-    __slots__ = ("lock", "queue")
-
-    def __init__(self) -> None:
-        self.lock = asyncio.Lock()
-        self.queue = 0  # errands that are before it, or in it
-
-
 class Flow:
     """Settles each task of a session exactly once.
 
@@ -79,8 +70,8 @@ class Flow:
     """
 
     def __init__(self, owner: str, folder: Callable[[], str]) -> None:
-        self._owner = owner
-        self._folder = folder
+        self.owner = owner
+        self.folder = folder
         self.backends: dict[str, BaseExecutionBackend] = {}
         self.tasks: dict[str, BaseTask] = {}
         self.closing = False
@@ -88,17 +79,16 @@ class Flow:
         self.admitted = 0
         self.dropped_events = 0
         self._records: dict[str, _Record] = {}
-        self._doors: dict[str, _Door] = {}
         self._ready: list[BaseTask] = []
         self._background: set[asyncio.Task[Any]] = set()
         self._counts: dict[str, Counter[str]] = {}
         self._times = [0.0, 0.0, 0.0]  # seconds, summed: total, queue, execution
+        self.doors = Doors(self)
 
     def add(self, backend: BaseExecutionBackend) -> None:
         """Take a backend in, and listen to it."""
-        backend.attach(self._owner, self.settle, self._folder)
+        backend.attach(self.owner, self.settle, self.folder)
         self.backends[backend.name] = backend
-        self._doors[backend.name] = _Door()
         # Every key from the start: other threads read it, and it must not grow under them.
         self._counts[backend.name] = Counter(dict.fromkeys(("RUNNING", *TERMINAL), 0))
 
@@ -113,89 +103,13 @@ class Flow:
             self._loop = loop
         elif self._loop is not loop:
             raise SessionError(
-                f"session '{self._owner}' was used in another event loop; make a new session, with"
+                f"session '{self.owner}' was used in another event loop; make a new session, with"
                 " new backends, in each asyncio.run()"
             )
 
     def record(self, task: BaseTask) -> _Record:
         """Return a task's record, made when it is first needed."""
         return self._records.setdefault(task.uid, _Record())
-
-    async def hand_over(
-        self, groups: dict[str, list[BaseTask]], under_way: list[asyncio.Task[None]]
-    ) -> None:
-        """Give each backend its tasks; where it takes none of them, they FAILED for its reason.
-
-        None waits for another. What a backend that is not up yet shall have goes to `under_way`,
-        with all that is not waited for here; where that is canceled, the tasks are CANCELED.
-        """
-        work = [(self.backends[name], group) for name, group in groups.items() if group]
-        if len(work) == 1:
-            ((backend, group),) = work
-            door = self._doors[backend.name]
-            if backend.state() == "RUNNING" and not door.queue and not door.lock.locked():
-                try:
-                    async with door.lock:
-                        await self._hand_to(backend, group)
-                except asyncio.CancelledError:
-                    self._cancel_left(group)
-                    raise
-                return
-        errands = [(backend, self._errand(backend, group)) for backend, group in work]
-        under_way += [errand for _, errand in errands]
-        soon = [errand for backend, errand in errands if backend.state() == "RUNNING"]
-        if soon:
-            await asyncio.wait(soon)
-
-    def _errand(self, backend: BaseExecutionBackend, group: list[BaseTask]) -> asyncio.Task[None]:
-        """Give a backend its tasks in the background."""
-        door = self._doors[backend.name]
-
-        async def go() -> None:
-            async with door.lock:
-                await self._hand_to(backend, group, waited=True)
-
-        def back(errand: asyncio.Task[None]) -> None:
-            door.queue -= 1
-            if errand.cancelled():
-                self._cancel_left(group)
-
-        door.queue += 1
-        errand = self._spawn(go())
-        errand.add_done_callback(back)
-        return errand
-
-    def _cancel_left(self, group: list[BaseTask]) -> None:
-        self.settle([(task, "CANCELED", None) for task in group if not task.done()])
-
-    async def take_back(self, under_way: list[asyncio.Task[None]]) -> None:
-        """Hand over no more of what is under way; its tasks are CANCELED."""
-        for errand in under_way:
-            errand.cancel()
-        if under_way:
-            await asyncio.wait(under_way)
-
-    async def _hand_to(
-        self, backend: BaseExecutionBackend, group: list[BaseTask], *, waited: bool = False
-    ) -> None:
-        try:
-            if waited:
-                if backend.state() != "RUNNING":
-                    await backend
-                group = [task for task in group if not task.done()]  # canceled meanwhile
-            # Another session may have had it in between.
-            backend.attach(self._owner, self.settle, self._folder)
-            await backend.submit_tasks(group)
-        except Exception as error:
-            cause = error
-            if not isinstance(error, RhapsodyError):
-                cause = BackendError(
-                    f"backend '{backend.name}' failed: {said(error)}", backend=backend.name
-                )
-                cause.__cause__ = error
-            self.settle(
-                [(task, "FAILED", {"exception": cause}) for task in group if not task.done()]
-            )
 
     # ------------------------------------------------------------------ dependencies
 
@@ -222,7 +136,7 @@ class Flow:
             elif not task.done():  # the session may have been closed meanwhile
                 self._place(task, parents, groups)
             if not place % CHUNK:
-                await self.hand_over(groups, under_way)
+                await self.doors.hand_over(groups, under_way)
                 groups = {}
                 await asyncio.sleep(0)
         for uid in bad:
@@ -231,7 +145,7 @@ class Flow:
             self._records.pop(uid, None)
         self.admitted -= len(bad)
         refused.update(bad)
-        await self.hand_over(groups, under_way)
+        await self.doors.hand_over(groups, under_way)
 
     def _place(
         self, task: BaseTask, parents: list[BaseTask], groups: dict[str, list[BaseTask]]
@@ -288,7 +202,7 @@ class Flow:
         """Hand a task over in the background, together with others that are ready by then."""
         self._ready.append(task)
         if len(self._ready) == 1:
-            self._spawn(self._send_ready())
+            self.spawn(self._send_ready())
 
     async def _send_ready(self) -> None:
         ready, self._ready = self._ready, []
@@ -297,9 +211,10 @@ class Flow:
             if not task.done():
                 task.state = "SUBMITTED" if task.state == "WAITING" else task.state
                 groups.setdefault(task.backend or "", []).append(task)
-        await self.hand_over(groups, [])
+        await self.doors.hand_over(groups, [])
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something in the background; `close` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
@@ -482,7 +397,7 @@ class Flow:
 
     def _expire(self, task: BaseTask, record: _Record, timeout: float) -> None:
         record.expired = True
-        self._spawn(self._stop_expired(task, record, timeout))
+        self.spawn(self._stop_expired(task, record, timeout))
 
     async def _stop_expired(self, task: BaseTask, record: _Record, timeout: float) -> None:
         backend = self.backends[task.backend or ""]
@@ -507,7 +422,7 @@ class Flow:
         record = self.record(task)
         record.canceled = True
         backend = self.backends[task.backend or ""]
-        if not backend.holds(task.uid):  # not yet, or not again
+        if not backend.holds(task):  # not yet, or not again
             self.settle([(task, "CANCELED", None)])
             return True
         try:
@@ -541,7 +456,7 @@ class Flow:
         self.closing = True
         left = [task for task in self.tasks.values() if not task.done()]
         if left:
-            logger.warning("session '%s' closes with %d tasks not ended", self._owner, len(left))
+            logger.warning("session '%s' closes with %d tasks not ended", self.owner, len(left))
         self.settle([(task, "CANCELED", None) for task in left if task.state == "WAITING"])
         results = await asyncio.gather(
             *(backend.shutdown() for backend in self.backends.values()), return_exceptions=True

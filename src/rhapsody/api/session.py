@@ -168,7 +168,7 @@ class Session:
             while chunk := list(itertools.islice(pending, CHUNK)):
                 groups = self._admit(chunk, futures, related, refused, seen)
                 seen += len(chunk)
-                await self._flow.hand_over(groups, under_way)
+                await self._flow.doors.hand_over(groups, under_way)
                 await asyncio.sleep(0)  # a submit of any size leaves the loop to others in between
                 if self._closing is not None:
                     raise SessionError(f"session '{self.uid}' was closed during a submit")
@@ -178,7 +178,7 @@ class Session:
                 await asyncio.wait(under_way)
         except BaseException:
             self._flow.settle([(task, "CANCELED", None) for task in related if task.state == "NEW"])
-            await self._flow.take_back(under_way)
+            await self._flow.doors.take_back(under_way)
             raise
         if refused:
             raise refusal(refused)

@@ -270,9 +270,9 @@ class BaseExecutionBackend:
                 live.pop(task["uid"], None)
             raise
 
-    def holds(self, uid: str) -> bool:
+    def holds(self, task: Task) -> bool:
         """Whether a task was handed over, and has not ended as far as has been heard."""
-        return uid in self._live
+        return self._live.get(task["uid"]) is task
 
     async def cancel_task(self, uid: str) -> bool:
         """Stop a task; True when it is known to be stopped, False for one that is not here."""
