@@ -137,7 +137,45 @@ async def test_wait_tasks_takes_one_task_and_none() -> None:
         assert await session.submit_tasks([]) == []
         assert await session.wait_tasks([]) == []
         await session.submit_tasks([task])
-        assert await session.wait_tasks(task) == [task]  # type: ignore[arg-type]
+        assert await session.wait_tasks(task) == [task]
+
+
+async def test_one_task_stands_for_a_list_of_it() -> None:
+    async with Session([NoopExecutionBackend()]) as session:
+        task = ComputeTask(function=noop)
+        other: Any = {"function": noop}
+        await session.submit_tasks([task, other])
+        assert [ended async for ended in session.as_completed(task)] == [task]
+        assert [ended async for ended in session.as_completed(other)] == [other]
+        session.forget(task)
+        session.forget(other)
+        with pytest.raises(SessionError, match="was forgotten"):
+            await session.cancel(task)
+
+
+async def test_wrong_arguments_are_session_errors() -> None:
+    wrong: Any = 5
+    with pytest.raises(SessionError, match="work_dir must be the path of a folder, not 5"):
+        Session(work_dir=wrong)
+    async with Session([NoopExecutionBackend()]) as session:
+        text: Any = "task.000001"
+        for given in (wrong, text):
+            with pytest.raises(SessionError, match="a task or a list of tasks is needed"):
+                await session.wait_tasks(given)
+        with pytest.raises(SessionError, match="a task or a list of tasks is needed"):
+            await anext(session.as_completed(wrong))
+        with pytest.raises(SessionError, match="a task or a list of tasks is needed, not 5"):
+            session.forget(wrong)
+        limits: list[Any] = ["x", float("nan")]
+        for limit in limits:
+            with pytest.raises(SessionError, match="timeout must be seconds"):
+                await session.wait_tasks([], timeout=limit)
+        with pytest.raises(SessionError, match="map takes a list of items, not 5"):
+            await session.map(noop, wrong)
+        own: list[dict[str, Any]] = [{"args": (1,)}, {"executable": "x"}]
+        for fields in own:
+            with pytest.raises(SessionError, match="= is not accepted"):
+                await session.map(noop, [1], **fields)
 
 
 async def test_a_timeout_of_the_wait_leaves_the_tasks_alone() -> None:
@@ -934,6 +972,44 @@ async def test_a_task_can_be_canceled_before_its_backend_is_up() -> None:
     assert task.state == "CANCELED"
 
 
+async def test_a_backend_that_is_slow_to_start_holds_up_no_other() -> None:
+    """Neither the tasks of another one behind it in a large submit, nor their children."""
+    slow, fast = SlowToStart(), ManualBackend("fast")
+    late = [ComputeTask(function=noop, backend="slow") for _ in range(3000)]
+    soon = [ComputeTask(function=noop, backend="fast") for _ in range(2)]
+    child = ComputeTask(function=noop, backend="fast", after=[soon[0]])
+    async with Session([slow, fast]) as session:
+        submit = asyncio.create_task(session.submit_tasks([soon[0], *late, soon[1], child]))
+        assert await asyncio.wait_for(fast.handed(2), 30) == soon
+        fast.deliver_burst([(task, "DONE", None) for task in soon])
+        assert await asyncio.wait_for(fast.handed(3), 30) == [*soon, child]
+        assert not submit.done()  # it ends when all has been handed over
+        slow.may_start.set()
+        await submit
+        assert slow.given == late  # in the order of the submit
+
+
+async def test_a_task_can_be_canceled_while_others_wait_for_its_backend() -> None:
+    """What no backend has been given yet is canceled at once, and never run."""
+    backend = SlowToStart()
+    first, second, third = (ComputeTask(function=noop) for _ in range(3))
+    async with Session([backend]) as session:
+        submits = [
+            asyncio.create_task(session.submit_tasks(tasks)) for tasks in ([first], [second, third])
+        ]
+        await backend.begun.wait()
+        assert await session.cancel(second) is True
+        backend.may_start.set()
+        while backend.state() != "RUNNING":
+            await asyncio.sleep(0)
+        assert await session.cancel(third) is True
+        await asyncio.gather(*submits)
+        await backend.heard()
+        assert third not in backend.given
+        assert second not in backend.given
+    assert (second.state, third.state) == ("CANCELED", "CANCELED")
+
+
 async def test_cancel_of_one_task_twice_at_once() -> None:
     task = ComputeTask(executable="/bin/sleep", arguments=[1000])
     async with Session([ConcurrentExecutionBackend()]) as session:
@@ -1174,6 +1250,58 @@ async def test_shutting_a_backend_down_fails_what_is_submitted_to_it_later() -> 
         await session.submit_tasks([task])
         with pytest.raises(BackendError, match="'manual' is shut down"):
             await task
+
+
+# ---------------------------------------------------------------------- two loops
+
+
+def test_a_session_belongs_to_one_event_loop() -> None:
+    """A second asyncio.run is told so; it would wait for ever."""
+    session, backend = Session(), ManualBackend()
+    session.add_backend(backend)
+    ended, left, late = (ComputeTask(function=noop) for _ in range(3))
+
+    async def first() -> None:
+        await session.submit_tasks([ended, left])
+        backend.deliver(ended, "DONE")
+        await ended
+
+    async def follow() -> None:
+        async for _ in session.as_completed([left]):
+            pass
+
+    async def second() -> None:
+        assert await session.wait_tasks([ended]) == [ended]
+        assert await session.cancel(ended) is False
+        for attempt in (
+            session.submit_tasks([late]),
+            session.wait_tasks([left]),
+            session.cancel(left),
+            follow(),
+        ):
+            with pytest.raises(SessionError, match=r"another event loop; make a new session"):
+                await asyncio.wait_for(attempt, 30)
+        await session.close()
+
+    asyncio.run(first())
+    asyncio.run(second())
+    assert (late.state, left.state) == ("NEW", "CANCELED")
+
+
+@pytest.mark.parametrize("cls", [ConcurrentExecutionBackend, NoopExecutionBackend])
+def test_a_backend_belongs_to_one_event_loop(cls: Any) -> None:
+    backend = asyncio.run(cls.create())
+    task = ComputeTask(function=noop)
+
+    async def second() -> None:
+        with pytest.raises(BackendError, match=r"another event loop; make a new one"):
+            await backend
+        async with Session([backend]) as session:
+            await session.submit_tasks([task])
+            await session.wait_tasks([task], timeout=30)
+
+    asyncio.run(second())
+    assert isinstance(task.exception, BackendError)
 
 
 # ---------------------------------------------------------------------- two sessions

@@ -16,7 +16,7 @@ def inputs_of(task: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if isinstance(task, dict):
         return task.get("args") or (), task.get("kwargs") or {}
     bound = task._bound
-    return (task.args, task.kwargs) if bound is None else (bound["args"], bound["kwargs"])
+    return (task.args, task._kwargs) if bound is None else (bound["args"], bound["kwargs"])
 
 
 def command_of(task: Any, *, shell: bool = False) -> list[str]:
