@@ -648,6 +648,34 @@ async def test_an_engine_that_raises_fails_its_tasks_with_a_typed_error(error: E
         assert task.exception is error or task.exception.__cause__ is error
 
 
+class Exit(BaseException):
+    """As some libraries have them: no error, and not asyncio's either."""
+
+
+async def test_what_no_engine_should_raise_leaves_no_task_behind() -> None:
+    """Neither in the author's submit, nor in the background, where a child is handed over."""
+
+    class Leaving(ManualBackend):
+        async def _submit(self, tasks: list[Any]) -> None:
+            await super()._submit(tasks)
+            if len(self.given) > 1:
+                raise Exit
+
+    backend = await Leaving()
+    parent, late = ComputeTask(function=noop), ComputeTask(function=noop)
+    child = ComputeTask(function=noop, after=[parent])
+    async with Session([backend]) as session:
+        heard: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: heard.append(what))
+        await session.submit_tasks([parent, child])
+        backend.deliver(parent, "DONE")
+        await session.wait_tasks([child], timeout=30)
+        with pytest.raises(Exit):
+            await session.submit_tasks([late])
+        await session.wait_tasks([late], timeout=30)
+    assert (child.state, late.state) == ("CANCELED", "CANCELED")
+
+
 async def test_two_waits_for_a_start_make_one_start() -> None:
     backend = SlowToStart()
     tasks = [ComputeTask(function=noop) for _ in range(2)]

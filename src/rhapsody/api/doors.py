@@ -48,12 +48,8 @@ class Doors:
             ((backend, group),) = work
             door = self._doors[backend.name]
             if backend.state() == "RUNNING" and not door.queue and not door.lock.locked():
-                try:
-                    async with door.lock:
-                        await self._hand_to(backend, group)
-                except asyncio.CancelledError:
-                    self._cancel_left(group)
-                    raise
+                async with door.lock:
+                    await self._hand_to(backend, group)
                 return
         errands = [(backend, self._errand(backend, group)) for backend, group in work]
         under_way += [errand for _, errand in errands]
@@ -71,7 +67,7 @@ class Doors:
 
         def back(errand: asyncio.Task[None]) -> None:
             door.queue -= 1
-            if errand.cancelled():
+            if errand.cancelled():  # before it was its turn
                 self._cancel_left(group)
 
         door.queue += 1
@@ -112,3 +108,6 @@ class Doors:
             self._flow.settle(
                 [(task, "FAILED", {"exception": cause}) for task in group if not task.done()]
             )
+        except BaseException:  # canceled, or what no engine should raise: nobody else will end them
+            self._cancel_left(group)
+            raise
