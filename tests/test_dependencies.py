@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import importlib
 import pickle
 import random
 from collections.abc import Callable
@@ -382,6 +383,7 @@ async def test_a_failure_runs_down_a_long_chain() -> None:
     "cross", [lambda thing: pickle.loads(pickle.dumps(thing)), copy.copy, copy.deepcopy]
 )
 async def test_what_is_left_of_a_long_chain_crosses(cross: Callable[[Any], Any]) -> None:
+    importlib.import_module("distributed")  # from then on causes of exceptions are pickled too
     first, good = ComputeTask(function=fail), ComputeTask(function=add)
     bad = [first, *links(2_000, after=first)]
     sums = [good]

@@ -124,7 +124,9 @@ class DependencyError(RhapsodyError):
         root = self.root
         why = before + (canceled if root is None else said(root))
         super().__init__(f"Task '{uid}' was not run, its parent '{parent}' did not succeed ({why})")
-        self.__cause__ = cause
+        # Not the cause itself: a chain of them would be printed link by link, and pickled so by
+        # `tblib`, which Dask installs for all exceptions.
+        self.__cause__ = self.root
 
     def __reduce__(self) -> tuple[Any, ...]:
         state, cause = {**self.__dict__}, self.cause
