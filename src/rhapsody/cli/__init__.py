@@ -6,6 +6,7 @@ Each command's work is in a module of its own and is imported when the command r
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -53,9 +54,14 @@ def run_command(
     go to stderr: stdout is the script's own.
     """
     from rhapsody.cli.run import run_workflow
+    from rhapsody.log import level_of
 
     if log_level is not None:
         os.environ["RHAPSODY_LOG_LEVEL"] = log_level.upper()
+    try:
+        level_of()
+    except ValueError as error:  # of the environment: click has checked the option
+        raise click.UsageError(str(error)) from None
     if work_dir is not None:
         try:
             os.makedirs(work_dir, exist_ok=True)
@@ -97,11 +103,18 @@ def doctor_command(as_json: bool) -> None:
     sys.exit(1 if any(finding.status == "problem" for finding in findings) else 0)
 
 
+def _a_number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which is in any range
+        raise click.BadParameter("nan is not a number.")
+    return value
+
+
 @main.command("bench")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions.")
 @click.option(
     "--scale",
-    type=click.FloatRange(0.0, min_open=True),
+    type=click.FloatRange(0.0, 1000.0, min_open=True),  # above, no memory holds the tasks
+    callback=_a_number,
     default=1.0,
     show_default=True,
     help="Multiplies the number of tasks.",
