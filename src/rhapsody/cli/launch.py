@@ -82,12 +82,15 @@ def _shared_folder() -> str:
 
 
 def _small_machine() -> str:
-    from rhapsody.runtime.small_machine import FOLDER
+    """Say that it is on, and return the folder whose sitecustomize does it."""
+    from rhapsody.runtime import small_machine
 
+    version = small_machine.VERSION
     click.echo(
-        "rhapsody: --small-machine: Dragon's waiting is mended, see docs/dragon.md", err=True
+        f"rhapsody: --small-machine: what spins in Dragon {version} while it waits is made to sleep",
+        err=True,
     )
-    return FOLDER
+    return os.path.join(os.path.dirname(small_machine.__file__), "_small")
 
 
 def _put_first(environ: dict[str, str], name: str, folder: str) -> None:

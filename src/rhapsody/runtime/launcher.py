@@ -89,6 +89,7 @@ def supervise(job: Job) -> int:
     pid = os.fork()
     if pid == 0:
         os.close(writer)
+        _adopt_orphans()  # a fork does not inherit it
         code = 1
         try:
             code = _Supervisor(job, folder, reader, segments).run()
