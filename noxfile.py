@@ -102,3 +102,21 @@ def integration(session: nox.Session) -> None:
     )
     session.run("python", "-m", "tests.integration.machine")
     session.run("pytest", "tests/integration", "-m", "integration", *session.posargs)
+
+
+@nox.session(python="3.11")  # dragonhpc has wheels for 3.11 to 3.13
+def dragon(session: nox.Session) -> None:
+    """The Dragon backend on one node. As root; installs what is missing through apt."""
+    _on_dragon(session, "dragon and not multinode")
+
+
+@nox.session(python="3.11", name="dragon-multinode")
+def dragon_multinode(session: nox.Session) -> None:
+    """The Dragon backend on two and three nodes, emulated by namespaces. As root, as `dragon`."""
+    _on_dragon(session, "dragon and multinode")
+
+
+def _on_dragon(session: nox.Session, marked: str) -> None:
+    session.install("-e", ".[dev,dragon]")
+    session.run("python", "-m", "tests.on_dragon.machine")
+    session.run("pytest", "tests/on_dragon", "-m", marked, *session.posargs)

@@ -1,0 +1,42 @@
+"""Lets Dragon find more CPUs and GPUs than there are; chained to by the product's own.
+
+``RHAPSODY_TEST_CPUS``, ``RHAPSODY_TEST_GPUS``: how many each node says it has. Two ranks on a node
+need four logical CPUs, and Batch takes half of them for workers.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+# As the product's sitecustomize has loaded it, before it ran this one.
+from rhapsody_small_machine import install  # type: ignore[import-not-found]
+
+
+def _cpus(module: Any) -> None:
+    # Not os.cpu_count itself: programs in there shall see what is. Affinity stays real, too.
+    node_conf = module.NodeDescriptor.get_localservices_node_conf.__func__
+
+    def get_localservices_node_conf(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        node = node_conf(cls, *args, **kwargs)
+        node.num_cpus = int(os.environ["RHAPSODY_TEST_CPUS"])
+        return node
+
+    module.NodeDescriptor.get_localservices_node_conf = classmethod(get_localservices_node_conf)
+
+
+def _gpus(module: Any) -> None:
+    devices = list(range(int(os.environ["RHAPSODY_TEST_GPUS"])))
+    module.find_accelerators = lambda: module.AcceleratorDescriptor(
+        vendor=module.AccVendor.NVIDIA, device_list=devices, env_str="CUDA_VISIBLE_DEVICES"
+    )
+
+
+patches: dict[str, Callable[[Any], None]] = {}
+if "RHAPSODY_TEST_CPUS" in os.environ:
+    patches["dragon.infrastructure.node_desc"] = _cpus
+if "RHAPSODY_TEST_GPUS" in os.environ:
+    patches["dragon.infrastructure.gpu_desc"] = _gpus
+if patches:
+    install(patches)

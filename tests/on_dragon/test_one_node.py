@@ -1,0 +1,97 @@
+"""The harness with Dragon on one node: a runtime for many tests, and what is left of bad ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import raw, small
+from .command import Result
+from .nodes import Sandbox
+from .runtime import HeadDied, Runtime
+
+CRASH = "import dragon; raise SystemError('on purpose')"
+HANG = """
+import dragon
+from dragon.workflows.batch import Batch
+batch = Batch()
+print("up")
+batch.function(print, "ran", flush=True).get()  # then it never ends: nobody has joined it
+"""
+
+
+@pytest.fixture(scope="module")
+def batch(runtime: Runtime) -> Iterator[Runtime]:
+    runtime.call(raw.open_batch)
+    yield runtime
+    runtime.call(raw.close_batch)
+
+
+def test_twenty_functions(batch: Runtime) -> None:
+    assert batch.call(raw.hosts_of_functions, 20) == {socket.gethostname(): 20}
+
+
+def test_a_process_and_a_job(batch: Runtime, tmp_path: Path) -> None:
+    assert batch.call(raw.run_hostname, str(tmp_path)) == (0, socket.gethostname())
+    # Two of eight logical CPUs: without the fake ones it would never be scheduled.
+    assert batch.call(raw.run_job, str(tmp_path), 2) == ([0, 0], [socket.gethostname()] * 2)
+
+
+def test_calls_may_be_async_and_raise_here(runtime: Runtime) -> None:
+    async def double(number: int) -> int:
+        if number < 0:
+            raise ValueError("too small")
+        return 2 * number
+
+    assert runtime.call(double, 21) == 42
+    with pytest.raises(ValueError, match="too small") as caught:
+        runtime.call(double, -1)
+    assert "in double" in str(caught.value.__cause__)
+
+
+def test_the_node_has_the_cpus_and_gpus_that_it_is_said_to(tmp_path: Path) -> None:
+    with Sandbox() as place:
+        runtime = Runtime(place, small.environment(cpus=6, gpus=3), cwd=tmp_path)
+        assert runtime.call(raw.nodes) == [(socket.gethostname(), 6, 3)]
+        assert runtime.call(os.cpu_count) == os.cpu_count()
+        assert runtime.stop().code == 0
+        assert place.left() == []
+
+
+def test_a_script_that_crashes_leaves_nothing(tmp_path: Path) -> None:
+    with Sandbox() as place:
+        result = _script(place, CRASH, tmp_path, 30)
+        assert result.code != 0
+        assert "on purpose" in result.stderr + result.stdout
+        assert place.left() == []
+
+
+def test_a_script_that_hangs_is_killed_with_all_of_its_runtime(tmp_path: Path) -> None:
+    outside = set(os.listdir("/dev/shm"))
+    with Sandbox() as place:
+        with pytest.raises(TimeoutError, match=r"(?s)after 8 s.*up\nran"):
+            _script(place, HANG, tmp_path, 8)
+        assert place.processes() == {}
+        assert all(line.startswith("/dev/shm/") for line in place.left())
+    assert set(os.listdir("/dev/shm")) == outside
+
+
+def test_a_signal_in_mid_run_and_a_head_that_dies(tmp_path: Path) -> None:
+    with Sandbox() as place:
+        runtime = Runtime(place, small.environment(), cwd=tmp_path)
+        runtime.command.signal(signal.SIGINT, group=True)
+        with pytest.raises(HeadDied):
+            runtime.call(raw.nodes)
+        assert place.processes() == {}
+
+
+def _script(place: Sandbox, text: str, folder: Path, timeout: float) -> Result:
+    script = folder / "script.py"
+    script.write_text(text)
+    command = [*place.launcher, script]
+    return place.run(command, timeout=timeout, env=small.environment(), cwd=folder)

@@ -1,0 +1,60 @@
+"""The harness with Dragon on several nodes: one runtime each for two and for three."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from . import raw, small
+from .nodes import Nodes
+from .runtime import Runtime
+
+
+@pytest.fixture(scope="module")
+def batch(runtime_on_two: Runtime) -> Iterator[Runtime]:
+    runtime_on_two.call(raw.open_batch)
+    yield runtime_on_two
+    runtime_on_two.call(raw.close_batch)
+
+
+def test_both_nodes_are_there(runtime_on_two: Runtime, two_nodes: Nodes) -> None:
+    assert runtime_on_two.call(raw.nodes) == [(host, 8, 0) for host in two_nodes.hosts]
+
+
+def test_functions_run_on_both(batch: Runtime, two_nodes: Nodes) -> None:
+    ran = batch.call(raw.hosts_of_functions, 50)
+    assert sorted(ran) == two_nodes.hosts
+    assert sum(ran.values()) == 50
+
+
+def test_a_process_runs_where_it_is_pinned(
+    batch: Runtime, two_nodes: Nodes, tmp_path: Path
+) -> None:
+    for host in two_nodes.hosts:
+        assert batch.call(raw.run_hostname, str(tmp_path), host) == (0, host)
+
+
+def test_a_job_of_two_ranks(batch: Runtime, two_nodes: Nodes, tmp_path: Path) -> None:
+    codes, hosts = batch.call(raw.run_job, str(tmp_path), 2)
+    assert codes == [0, 0]
+    assert set(hosts) <= set(two_nodes.hosts)
+
+
+def test_three_nodes(three_nodes: Nodes, runtime_on_three: Runtime) -> None:
+    assert runtime_on_three.call(raw.nodes) == [(host, 8, 0) for host in three_nodes.hosts]
+
+
+def test_a_node_that_dies_under_a_runtime(tmp_path: Path) -> None:
+    """Dragon goes on as if nothing were; the harness knows, and ends it with nothing left."""
+    with Nodes(2) as nodes:
+        runtime = Runtime(nodes, small.environment(), cwd=tmp_path)
+        head = runtime.call(raw.here, 0)
+        other = next(host for host in nodes.hosts if host != head)
+        nodes.kill(other)
+        assert not nodes.alive(other)
+        assert runtime.call(raw.here, 0) == head
+        nodes.kill_all()
+        assert runtime.command.wait(10).code != 0
+        assert nodes.processes() == {}
