@@ -87,7 +87,7 @@ def _small_machine() -> str:
 
     version = small_machine.VERSION
     click.echo(
-        f"rhapsody: --small-machine: what spins in Dragon {version} while it waits is made to sleep",
+        f"rhapsody: --small-machine: Dragon {version}, changed to sleep where it waits",
         err=True,
     )
     return os.path.join(os.path.dirname(small_machine.__file__), "_small")

@@ -14,20 +14,21 @@ it. The workflow's own begin and end come by files in a folder of the run's (see
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from . import head, warden
+from . import head, keeper, offspring, warden
+from .keeper import BEAT_SECONDS, LOST_BEATS
 from .launcher_output import LauncherOutput
 from .segments import Segments
 
@@ -37,13 +38,11 @@ __all__ = ["Job", "supervise"]
 ASKED_SECONDS = 15.0  # for the workflow to end, once it was asked to
 TOLD_SECONDS = 10.0  # for the launcher to end, once it was told to; Dragon's own patience is 5 s
 ENDED_SECONDS = 15.0  # for the launcher to end, after the workflow has
-BEAT_SECONDS = 2.0  # between two signs of life of a workflow on another host
-LOST_BEATS = 60  # that may be missed in a row; a network file system may be slow for a minute
-_KILLED_SECONDS = 5.0  # for what was killed to be gone
+NODES_SECONDS = 4 * BEAT_SECONDS  # for the nodes to end by themselves when the run is over
+_CLOSED_SECONDS = 5.0  # for the launcher's output to end, after all have ended
 _AT_ONCE = 4096  # bytes that a pipe which is ready takes without blocking (PIPE_BUF)
 _AHEAD = 1 << 16  # bytes that we take from the launcher before our own reader took them
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 
 _NO_CLEANUP = """\
 #!/bin/sh
@@ -79,7 +78,7 @@ def supervise(job: Job) -> int:
     The workflow's own code, 128 + n where signal n ended it, and 130, 143 or 129 where SIGINT,
     SIGTERM or SIGHUP to this process did. All children of this process are taken for the job's.
     """
-    _adopt_orphans()
+    offspring.adopt()
     segments = Segments()
     folder = _make_folder(job)
     reader, writer = os.pipe()
@@ -89,13 +88,13 @@ def supervise(job: Job) -> int:
     pid = os.fork()
     if pid == 0:
         os.close(writer)
-        _adopt_orphans()  # a fork does not inherit it
+        offspring.adopt()  # a fork does not inherit it
         code = 1
         try:
             code = _Supervisor(job, folder, reader, segments).run()
         except BaseException:
             traceback.print_exc()
-            _end_all(segments)
+            _end_all(job, folder, segments)
         finally:
             os._exit(code)
     os.close(reader)
@@ -106,22 +105,28 @@ def supervise(job: Job) -> int:
     if code < 0:
         _say(f"the supervisor was killed by {_name(-code)}, and all that it ran is ended too")
         code = 128 - code
-    _end_all(segments)
+    _end_all(job, folder, segments)
     shutil.rmtree(folder, ignore_errors=True)
     return code
 
 
 def _make_folder(job: Job) -> str:
     folder = tempfile.mkdtemp(prefix="rhapsody-launch-", dir=job.shared_dir)
-    for name in (head.REPORT, head.STOP):
+    for name in (head.REPORT, head.STOP, keeper.ALIVE):
         with open(os.path.join(folder, name), "wb"):
             pass
     if not job.several:
         os.mkfifo(os.path.join(folder, head.BELL))
+    programs = {"dragon-cleanup": _NO_CLEANUP}
+    backend = shutil.which("dragon-backend", path=job.environ.get("PATH"))
+    if job.several and backend is not None:
+        words = [sys.executable, "-P", "-m", keeper.__name__, folder, backend]
+        programs["dragon-backend"] = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
     os.mkdir(os.path.join(folder, "bin"))
-    with open(os.path.join(folder, "bin", "dragon-cleanup"), "w") as file:
-        file.write(_NO_CLEANUP)
-        os.fchmod(file.fileno(), 0o755)
+    for name, text in programs.items():
+        with open(os.path.join(folder, "bin", name), "w") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o755)
     return folder
 
 
@@ -170,7 +175,8 @@ class _Supervisor:
         self.control = control
         self.segments = segments
         self.report = _Report()
-        self.missed = 0  # beats
+        self.beats = 0
+        self.missed = 0  # beats of the workflow's
         self.verdict: int | None = None  # the exit code, where it is not the workflow's
         self.head_gone = False
         self.launcher = 0
@@ -250,7 +256,6 @@ class _Supervisor:
         numbers = os.read(self.control, 64)
         if not numbers:
             self.kill()
-            self.out.clear()
             shutil.rmtree(self.folder, ignore_errors=True)
             os._exit(1)  # nobody is there to be told more
         for number in numbers:
@@ -260,19 +265,18 @@ class _Supervisor:
         """Reap: the launcher, and orphans of it that came to us."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.children, 4096)
-        for pid, status in _reap():
+        for pid, status in offspring.reap():
             if pid == self.launcher:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.on_launcher_end()
 
     def on_launcher_end(self) -> None:
         self.take_report()
-        left = _end_all(self.segments)
         if self.status is not None and self.status < 0 and not self.killed:
-            by = _name(-self.status)
-            _say(f"Dragon's launcher was killed by {by}; ended {left} processes that it left")
+            _say(f"Dragon's launcher was killed by {_name(-self.status)}: ending what it ran")
+        _end_all(self.job, self.folder, self.segments)
         # What holds the pipe open is not below us, and not ours to wait for.
-        self.deadline.set(_KILLED_SECONDS, self.close_pipe)
+        self.deadline.set(_CLOSED_SECONDS, self.close_pipe)
 
     # ------------------------------------------------------------------ the workflow's output
 
@@ -315,7 +319,7 @@ class _Supervisor:
         """Read what the head has told, and notice its begin and its end."""
         before, self.report = self.report, _read_report(self.folder) or self.report
         if self.report.host and not before.host:
-            self.segments.look(_ours())
+            self.segments.look(offspring.pids())
         self.missed = 0 if self.report != before or not self.report.host else self.missed + 1
         if self.report.ended is not None:
             self.on_head_end()
@@ -325,11 +329,15 @@ class _Supervisor:
         self.take_report()
 
     def on_beat(self) -> None:
-        """Look for a sign of life of a workflow on another host."""
-        if self.head_gone or self.status is not None:
-            return
+        """Give a sign of life to the nodes, and look for one of the workflow on another host."""
+        self.beats += 1
+        with (
+            contextlib.suppress(OSError),  # a full disk; the next may go through
+            open(os.path.join(self.folder, keeper.ALIVE), "r+b") as file,
+        ):
+            file.write(b"%d" % self.beats)
         self.take_report()
-        if self.missed >= LOST_BEATS:
+        if self.missed >= LOST_BEATS and not self.head_gone:
             host, seconds = self.report.host, LOST_BEATS * BEAT_SECONDS
             _say(f"no sign of life of the workflow on {host} for {seconds:g} s: ending Dragon")
             self.verdict = self.verdict or 1
@@ -340,12 +348,12 @@ class _Supervisor:
     def is_over(self) -> bool:
         """Whether the workflow has ended, or was killed, so that Dragon's line is Dragon's."""
         self.report = _read_report(self.folder) or self.report
-        return self.report.ended is not None or self.report.pid not in _ours()
+        return self.report.ended is not None or self.report.pid not in offspring.pids()
 
     def on_head_end(self) -> None:
         if not self.head_gone:
             self.head_gone = True
-            self.segments.look(_ours())
+            self.segments.look(offspring.pids())
             if self.status is None:
                 self.deadline.set(ENDED_SECONDS, self.on_hang)
 
@@ -385,14 +393,14 @@ class _Supervisor:
             with open(os.path.join(self.folder, head.STOP), "wb") as file:
                 file.write(b"!")
             return True
-        if self.report.pid not in _ours():
+        if self.report.pid not in offspring.pids():
             return False
         os.kill(self.report.pid, signal.SIGINT)
         return True
 
     def interrupt(self) -> None:
         """Tell the launcher to end the runtime: by SIGINT to its group, the one way it survives."""
-        self.segments.look(_ours())
+        self.segments.look(offspring.pids())
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.launcher, signal.SIGINT)
         self.deadline.set(TOLD_SECONDS, self.kill)
@@ -401,7 +409,8 @@ class _Supervisor:
         """End all of it, now."""
         if self.status is None:
             self.killed = True
-            _say(f"killed {_end_all(self.segments)} processes of Dragon and the workflow")
+            _say("killing Dragon and the workflow")
+            _end_all(self.job, self.folder, self.segments)
             self.on_child()
 
     def exit_code(self) -> int:
@@ -409,8 +418,11 @@ class _Supervisor:
         if self.verdict is not None:
             return self.verdict
         for code in (self.report.ended, self.output.code):
+            if code is not None and code < 0:
+                _say(f"the workflow was ended by {_name(-code)}")
+                return 128 - code
             if code is not None:
-                return code if code >= 0 else 128 - code
+                return code
         assert self.status is not None
         if self.status == 0 and self.job.several:
             where = os.path.dirname(self.folder)
@@ -443,14 +455,6 @@ def _read_report(folder: str) -> _Report | None:
     return report
 
 
-# ---------------------------------------------------------------------- processes
-
-
-def _adopt_orphans() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def _bell_of_children() -> int:
     """Return a descriptor that can be read when a child has ended."""
     ours, theirs = os.pipe()
@@ -461,58 +465,20 @@ def _bell_of_children() -> int:
     return ours
 
 
-def _ours() -> list[int]:
-    """Pids of all that is below this process."""
-    return warden.descendants([os.getpid()], warden.processes())
-
-
-def _reap() -> Iterator[tuple[int, int]]:
-    while True:
-        try:
-            pid, status = os.waitpid(-1, os.WNOHANG)
-        except ChildProcessError:
-            return
-        if pid == 0:
-            return
-        yield pid, status
-
-
-def _end_all(segments: Segments) -> int:
-    """Kill what is below this process, remove the memory that it has mapped; returns how many."""
-    ended: set[int] = set()
-    deadline = time.monotonic() + _KILLED_SECONDS
-    while (left := _ours()) and time.monotonic() < deadline:
-        _signal(left, signal.SIGSTOP)  # so that none sees another die, and acts on it
-        segments.look(left)
-        _signal(left, signal.SIGKILL)
-        ended.update(left)
-        _wait_for_end(left, deadline)
-    segments.remove()
-    return len(ended)
-
-
-def _signal(pids: Iterable[int], number: int) -> None:
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
-
-
-def _wait_for_end(pids: Iterable[int], deadline: float) -> None:
-    """Wait until processes have ended; they need not be reaped for that."""
-    for pid in pids:
-        try:
-            fd = os.pidfd_open(pid)
-        except ProcessLookupError:
-            continue
-        try:
-            ended = select.poll()
-            ended.register(fd, select.POLLIN)
-            ended.poll(max(0.0, deadline - time.monotonic()) * 1000)
-        finally:
-            os.close(fd)
-
-
-# ---------------------------------------------------------------------- words
+def _end_all(job: Job, folder: str, segments: Segments) -> None:
+    """End all that is below this process; on several nodes also what is not, by their keepers."""
+    if job.several:
+        me = os.getpid()
+        for pid, (parent, group, session, _) in warden.processes().items():
+            # The launcher, and not what carries its programs to the nodes: these lead sessions.
+            # First, for without the folder it would find the real dragon-cleanup.
+            if parent == me and group == pid != session:
+                segments.look(offspring.pids())
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+        shutil.rmtree(folder, ignore_errors=True)
+        offspring.wait_for_end(offspring.pids(), time.monotonic() + NODES_SECONDS)
+    offspring.end_all(segments)
 
 
 def _say(text: str) -> None:
