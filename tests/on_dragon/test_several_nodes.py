@@ -48,8 +48,7 @@ def test_three_nodes(three_nodes: Nodes, runtime_on_three: Runtime) -> None:
 
 def test_a_node_that_dies_under_a_runtime(tmp_path: Path) -> None:
     """Dragon goes on as if nothing were; the harness knows, and ends it with nothing left."""
-    with Nodes(2) as nodes:
-        runtime = Runtime(nodes, small.environment(), cwd=tmp_path)
+    with Nodes(2) as nodes, Runtime(nodes, small.environment(), cwd=tmp_path) as runtime:
         head = runtime.call(raw.here, 0)
         other = next(host for host in nodes.hosts if host != head)
         nodes.kill(other)
