@@ -19,7 +19,7 @@ def batch(runtime_on_three: Runtime) -> Iterator[Runtime]:
 
 
 def test_all_nodes_are_there(runtime_on_three: Runtime, three_nodes: Nodes) -> None:
-    assert runtime_on_three.call(raw.nodes) == [(host, 8, 0) for host in three_nodes.hosts]
+    assert runtime_on_three.call(raw.nodes) == [(host, 4, 0) for host in three_nodes.hosts]
 
 
 def test_functions_run_on_all(batch: Runtime, three_nodes: Nodes) -> None:

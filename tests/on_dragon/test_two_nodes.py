@@ -20,7 +20,7 @@ def batch(runtime_on_two: Runtime) -> Iterator[Runtime]:
 
 
 def test_both_nodes_are_there(runtime_on_two: Runtime, two_nodes: Nodes) -> None:
-    assert runtime_on_two.call(raw.nodes) == [(host, 8, 0) for host in two_nodes.hosts]
+    assert runtime_on_two.call(raw.nodes) == [(host, 4, 0) for host in two_nodes.hosts]
 
 
 def test_functions_run_on_both(batch: Runtime, two_nodes: Nodes) -> None:
