@@ -275,8 +275,10 @@ class _Supervisor:
         if self.status is not None and self.status < 0 and not self.killed:
             _say(f"Dragon's launcher was killed by {_name(-self.status)}: ending what it ran")
         _end_all(self.job, self.folder, self.segments)
-        # What holds the pipe open is not below us, and not ours to wait for.
-        self.deadline.set(_CLOSED_SECONDS, self.close_pipe)
+        # What holds the pipe open is not below us, and not ours to wait for. Who reads our output
+        # may take longer, unless the user does not want to wait any more.
+        impatient = self.requests > 1
+        self.deadline.set(_CLOSED_SECONDS, self.give_up if impatient else self.close_pipe)
 
     # ------------------------------------------------------------------ the workflow's output
 
@@ -302,6 +304,12 @@ class _Supervisor:
             self.poll.unregister(self.pipe)
             os.close(self.pipe)
             self.pipe = None
+
+    def give_up(self) -> None:
+        """Let the output be."""
+        self.deaf = True
+        self.out.clear()
+        self.close_pipe()
 
     def write(self) -> None:
         """Write what our stdout takes now."""
@@ -365,11 +373,13 @@ class _Supervisor:
 
     def request(self, number: int) -> None:
         """Do what a signal to the caller means: the first asks, the second does not."""
-        if self.requests or self.status is not None:
-            self.out.clear()  # whoever should read it may not do so
+        self.requests += 1
+        if self.status is not None:
+            self.give_up()
+            return
+        if self.requests > 1:
             self.kill()
             return
-        self.requests += 1
         self.take_report()
         if self.head_gone:  # its own exit code stands
             self.interrupt()
@@ -468,17 +478,30 @@ def _bell_of_children() -> int:
 def _end_all(job: Job, folder: str, segments: Segments) -> None:
     """End all that is below this process; on several nodes also what is not, by their keepers."""
     if job.several:
-        me = os.getpid()
-        for pid, (parent, group, session, _) in warden.processes().items():
-            # The launcher, and not what carries its programs to the nodes: these lead sessions.
-            # First, for without the folder it would find the real dragon-cleanup.
-            if parent == me and group == pid != session:
-                segments.look(offspring.pids())
+        segments.look(offspring.pids())
+        # The launcher first: without the folder it would find the real dragon-cleanup. Then what it
+        # had here, its overlay agent, comes to us. What is left carries its programs to the nodes.
+        for _ in ("launcher", "agent"):
+            here = [pid for pid in _children() if _runs_python(pid)]
+            for pid in here:
                 with contextlib.suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
+            offspring.wait_for_end(here, time.monotonic() + NODES_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
         offspring.wait_for_end(offspring.pids(), time.monotonic() + NODES_SECONDS)
     offspring.end_all(segments)
+
+
+def _children() -> list[int]:
+    me = os.getpid()
+    return [pid for pid, (parent, *_) in warden.processes().items() if parent == me]
+
+
+def _runs_python(pid: int) -> bool:
+    """Whether a process runs this interpreter, as all of Dragon does, and srun and ssh do not."""
+    with contextlib.suppress(OSError):
+        return os.path.samefile(f"/proc/{pid}/exe", "/proc/self/exe")
+    return False
 
 
 def _say(text: str) -> None:
