@@ -82,7 +82,9 @@ _WHEEL_CHECK = """
 import asyncio, importlib.resources, rhapsody
 from rhapsody.backends import ConcurrentExecutionBackend
 
-assert importlib.resources.files("rhapsody").joinpath("py.typed").is_file()
+files = importlib.resources.files("rhapsody")
+assert files.joinpath("py.typed").is_file()
+assert files.joinpath("runtime/_small/sitecustomize.py").is_file()
 
 async def main():
     async with rhapsody.Session(backends=[ConcurrentExecutionBackend()]) as session:

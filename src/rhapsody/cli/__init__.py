@@ -1,4 +1,4 @@
-"""The command ``rhapsody``: run a workflow, list the backends, examine and measure the machine.
+"""The command ``rhapsody``: run or launch a workflow, list the backends, examine the machine.
 
 Each command's work is in a module of its own and is imported when the command runs.
 """
@@ -25,6 +25,14 @@ Exit code:
   1    an uncaught exception, or a script that does not compile
   2    a wrong use of this command, such as a missing SCRIPT
   130  Ctrl-C
+"""
+
+LAUNCH_EXIT_CODES = """\b
+Exit code:
+  n    the workflow's own; 128 + n where signal n ended it
+  2    a wrong use of this command, or a machine that has not what it needs
+  130  Ctrl-C; 143 SIGTERM; 129 SIGHUP
+  1    several nodes, and how the workflow ended is not known
 """
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
@@ -69,6 +77,41 @@ def run_command(
             raise click.BadParameter(str(error), param_hint="--work-dir") from None
         os.environ["RHAPSODY_WORK_DIR"] = work_dir
     sys.exit(run_workflow(script, arguments))
+
+
+@main.command(
+    "launch", context_settings={"allow_interspersed_args": False}, epilog=LAUNCH_EXIT_CODES
+)
+@click.option("--dragon", is_flag=True, help="Under Dragon's runtime.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1),
+    help="How many nodes; by default all of the allocation or of --hosts, else this machine.",
+)
+@click.option("--hosts", help="Nodes to reach by ssh, as a,b,c, where there is no allocation.")
+@click.option(
+    "--small-machine",
+    is_flag=True,
+    help="Mend what makes Dragon 0.15 take all of a machine with few cores while it waits.",
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch_command(
+    script: str,
+    arguments: tuple[str, ...],
+    dragon: bool,
+    nodes: int | None,
+    hosts: str | None,
+    small_machine: bool,
+) -> None:
+    """Run the workflow SCRIPT with its ARGUMENTS under a launcher, on one node or several.
+
+    The launcher is watched. Ctrl-C and SIGTERM let the workflow close its sessions (15 s) and then
+    the runtime (10 s); a second one ends all at once. Nothing that was started stays behind.
+    """
+    from rhapsody.cli.launch import launch
+
+    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine))
 
 
 @main.command("backends")
