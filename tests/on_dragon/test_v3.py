@@ -22,6 +22,7 @@ from rhapsody.api.errors import (
     TaskValidationError,
     WorkerLostError,
 )
+from rhapsody.backends import DragonExecutionBackendV3
 
 from . import work
 from .runtime import Runtime
@@ -209,6 +210,7 @@ async def _much(lines: int) -> None:
             **options(process_templates=templates, pmi=None),
         )
     )
+    assert task.stdout is not None
     with open(task.stdout) as file:
         ranks = [line.rpartition(" ")[2] for line in file.read().splitlines()]
     assert ranks == ["0"] * lines + ["1"] * lines + ["2"] * lines
@@ -279,7 +281,7 @@ def test_unknown_hosts_and_executables_are_refused(dragon: Runtime) -> None:
 )
 def test_constructor_refuses(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(BackendError, match=words):
-        work.DragonExecutionBackendV3(**settings)
+        DragonExecutionBackendV3(**settings)
 
 
 # ---------------------------------------------------------------------- cancel and time limits
@@ -362,7 +364,7 @@ def test_fence_and_topology(dragon: Runtime) -> None:
 
 
 async def _two_backends() -> None:
-    other = work.DragonExecutionBackendV3("other")
+    other = DragonExecutionBackendV3("other")
     work.session().add_backend(other)
     first = ComputeTask(function=work.add, args=(1, 1))
     second = ComputeTask(function=work.add, args=(first, 1), backend="other")

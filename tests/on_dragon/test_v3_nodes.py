@@ -66,7 +66,7 @@ async def _job(ranks: int) -> None:
         ComputeTask(executable="hostname", resources=Resources(ranks=ranks), **options(pmi=None)),
         ComputeTask(function=work.host, resources=Resources(ranks=ranks), **options(pmi=None)),
     )
-    for said in (programs.stdout.split(), functions.return_value):
+    for said in (str(programs.stdout).split(), functions.return_value):
         assert len(said) == ranks
         assert set(said) == {"node1", "node2"}
 

@@ -91,8 +91,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         node_timeout: float = 15.0,
         **removed: Any,
     ) -> None:
-        if isinstance(name, Mapping):  # as 0.6 had it: DragonExecutionBackend({...})
-            name, batch_kwargs = "dragon", name
+        if not isinstance(name, str):  # as 0.6 had it: DragonExecutionBackend({...})
+            batch_kwargs, name = name, "dragon"
         super().__init__(name)
         _refuse(name, num_nodes, batch_kwargs, node_timeout, removed)
         self._num_nodes = num_nodes
