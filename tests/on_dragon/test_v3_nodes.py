@@ -87,7 +87,8 @@ async def _kill(marker: str) -> dict[str, Any]:
     await work.session().submit_tasks(tasks)
     while not any(task.state == "RUNNING" for task in tasks):
         await asyncio.sleep(0.05)
-    Path(marker).touch()
+    other = next(host for host in work.backend().topology() if host != work.host())
+    Path(marker).write_text(other)  # not the node that we are on
     began = time.monotonic()
     await work.session().wait_tasks(tasks, timeout=40)
     settled = time.monotonic() - began
@@ -95,7 +96,7 @@ async def _kill(marker: str) -> dict[str, Any]:
         error = task.exception
         assert isinstance(error, WorkerLostError), task
         assert error.transient
-        assert error.host == "node2"
+        assert error.host == other
     late = ComputeTask(function=work.add, args=(1, 1))
     await work.run(late)
     assert isinstance(late.exception, BackendError)
@@ -108,9 +109,9 @@ def test_a_lost_node_settles_everything(tmp_path: Path) -> None:
         runtime = Runtime(nodes, small.environment(), cwd=tmp_path)
 
         def killer() -> None:
-            while not marker.exists():
+            while not (marker.exists() and marker.read_text()):
                 time.sleep(0.1)
-            nodes.kill("node2")
+            nodes.kill(marker.read_text())
 
         thread = threading.Thread(target=killer)
         thread.start()

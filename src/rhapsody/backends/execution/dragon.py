@@ -421,8 +421,9 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 if not flight.jobs and not flight.begun and await self._revoke(flight):
                     self._finish(flight, "CANCELED", {})
                 elif not stopped.done():
-                    # Dragon looks every 0.1 s whether it should stop what runs.
-                    await asyncio.wait([stopped], timeout=GRACE + 3.0)
+                    # Dragon looks every 0.1 s whether it should stop what runs, but takes its time
+                    # with a job's processes.
+                    await asyncio.wait([stopped], timeout=_CLOSE if flight.jobs else GRACE + 3.0)
         except asyncio.TimeoutError:
             logger.warning("Dragon does not answer a request to cancel task '%s'", flight.uid)
         finally:
