@@ -108,3 +108,14 @@ def test_too_little_shared_memory_is_said_at_once(tmp_path: Path) -> None:
         assert result.code == 1
         assert "/dev/shm: 512 MiB are free, and Dragon needs more than 1,024 MiB" in result.stderr
         assert place.left() == []
+
+
+def test_the_program_of_the_documentation(tmp_path: Path) -> None:
+    page = Path(__file__).parents[2].joinpath("docs", "dragon.md").read_text()
+    program = page.partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "workflow.py").write_text(program)
+    with Sandbox() as place:
+        command = [sys.executable, "workflow.py"]
+        result = place.run(command, env=small.environment(), cwd=tmp_path)
+        assert (result.code, result.stdout) == (0, "['DONE', 'DONE', 'DONE']\n"), result
+        assert place.left() == []

@@ -2,8 +2,9 @@
 
 The work is shared with modules beside this one: `_dragon_runtime` finds or starts the runtime,
 `_dragon_plan` checks tasks and makes orders of them, `_dragon_crew` holds the Batches and the
-threads that wait for Dragon, `_dragon_node` is what runs on the nodes. This one is on the event
-loop, and decides what becomes of a task.
+threads that wait for Dragon, `_dragon_ends` reads what they hear, `_dragon_node` is what runs on
+the nodes. This one is on the event loop, and decides what becomes of a task: one life cycle with
+all its ends, which is why it is longer than others.
 """
 
 from __future__ import annotations
