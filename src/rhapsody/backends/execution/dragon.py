@@ -28,7 +28,7 @@ from rhapsody.runtime.errors import (
 
 from ._dragon_crew import Crew, Post
 from ._dragon_ends import RankFiles, job_end, read_end
-from ._dragon_node import GRACE
+from ._dragon_node import GRACE, Site
 from ._dragon_plan import OPTIONS, Flight, Planner, check_options
 from ._dragon_runtime import Runtime, on_thread
 
@@ -121,7 +121,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         await self._runtime.open()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._post = Post(self._from_post)
+        self._post = self._new_post()
         try:
             await on_thread(self._post.open, self._num_nodes, timeout=_OPEN)
             await self._renew()
@@ -136,11 +136,17 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             ) from error
         self._check_beats()
 
+    def _new_post(self) -> Post:
+        return Post(self._from_post)
+
+    def _new_crew(self, number: int, site: Site) -> Crew:
+        return Crew(number, site, self._from_crew)
+
     async def _renew(self) -> None:
         """Make a crew, which gets the tasks from now on."""
         assert self._post is not None
         self._numbers += 1
-        crew = Crew(self._numbers, self._post.site, self._from_crew)
+        crew = self._new_crew(self._numbers, self._post.site)
         await on_thread(
             crew.open, self._num_nodes, self._post.nodes, self._batch_kwargs, timeout=_OPEN
         )
