@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import os
 import pickle
+import shutil
 import signal
 import threading
 import time
@@ -220,14 +221,14 @@ class GangCrew(Crew):
             gang.group = _group(
                 flight.pmi, [self._rank(native.ProcessTemplate, gang, rank) for rank in ranks]
             )
-            gang.puids = list(gang.group.puids)
+            # Those that run, then those that have ended: one may be in both. Numbered by rank.
+            running, ended = gang.group.puids, gang.group.inactive_puids
+            gang.puids = sorted({*running, *(puid for puid, _ in ended)})
             return
         for rank in range(flight.ranks()):
             process = self._rank(native.Process, gang, rank)
             process.start()
             gang.puids.append(process.puid)
-            if process.stdin_conn is not None:
-                process.stdin_conn.close()  # nobody writes there: a reader shall see the end
 
     def _rank(self, kind: Any, gang: _Gang, rank: int) -> Any:
         """Make a process, or a template of one, for a rank."""
@@ -235,9 +236,11 @@ class GangCrew(Crew):
         fields = {k: v for k, v in flight.jobs[rank][1].items() if k in TEMPLATE_KEYS}
         fields["env"] = {**fields["env"], remote.MARK: remote.mark(self._site, flight.number)}
         fields.setdefault("policy", _on_place(place))
-        if flight.data is None and gang.group is None:
-            fields.setdefault("stdin", kind.PIPE)
         target, args = self._target(flight, rank)
+        if flight.data is None and "stdin" not in fields:
+            # Dragon leaves a pipe open there, at which who reads would wait for good (0.15.0).
+            args = ("-c", 'exec "$0" "$@" </dev/null', _found(target), *args)
+            target = "/bin/sh"
         return kind(target, args=args, **fields)
 
     def _target(self, flight: Flight, rank: int) -> tuple[Any, tuple[Any, ...]]:
@@ -275,6 +278,11 @@ class GangCrew(Crew):
             # The exit codes are known; a group over several nodes raises here in 0.15.0.
             with contextlib.suppress(Exception):
                 gang.group.close()
+
+
+def _found(executable: str) -> str:
+    """The path of an executable, as Dragon finds it: here, not where it will run."""
+    return os.path.abspath(shutil.which(executable) or executable)
 
 
 def _group(pmi: str, templates: list[Any]) -> Any:
