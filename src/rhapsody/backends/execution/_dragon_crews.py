@@ -152,6 +152,13 @@ class GangCrew(Crew):
             self._waiting += flights
             self._thread.changed.notify_all()
 
+    def drain(self) -> list[Flight]:
+        """Take back what has not been started. Blocks while something is."""
+        with self._lock:
+            drained = list(self._waiting)
+            self._waiting.clear()
+        return drained
+
     def close(self) -> None:
         """End what runs. Blocks, for good where a node is lost."""
         self._thread.let_go()
@@ -184,8 +191,10 @@ class GangCrew(Crew):
     def _start_what_fits(self) -> bool:
         """Start tasks in the order in which they came, so that a wide job is not overtaken."""
         started = False
-        while self._waiting and not self._thread.closing:
+        while not self._thread.closing:
             with self._lock:  # whoever withdraws waits until it is started, and known
+                if not self._waiting:
+                    break
                 flight = self._waiting[0]
                 gone = flight.ended or flight in self._withdrawn
                 places = None if gone else self._places.take(flight)
@@ -405,6 +414,13 @@ class PoolCrew(Crew):
                 return False
             self._withdrawn.add(flight)
             return True
+
+    def drain(self) -> list[Flight]:
+        """Take back what no node has been sent."""
+        with self._thread.changed:
+            drained = list(self._waiting)
+            self._waiting.clear()
+        return drained
 
     def hosts_of(self, flight: Flight) -> list[str]:
         """The node that a task went to."""

@@ -68,6 +68,15 @@ class _Legacy(DragonExecutionBackendV3):
     def _new_post(self) -> Post:
         return LegacyPost(self._from_post)
 
+    async def _stop(self) -> None:
+        if isinstance(self._crew, (GangCrew, PoolCrew)) and self._broken is None:
+            try:  # else one begins for each that is stopped
+                for flight in await on_thread(self._crew.drain, timeout=_ANSWER):
+                    self._finish(flight, "CANCELED", {})
+            except asyncio.TimeoutError:
+                logger.warning("backend '%s' is stuck in the start of a process", self.name)
+        await super()._stop()
+
     def _hosts_of(self, flight: Flight) -> Iterable[str]:
         """The nodes that a task is on."""
         raise NotImplementedError
@@ -277,7 +286,9 @@ class DragonExecutionBackendV2(_Legacy):
 
     def _on_lost(self, flight: Flight | None, host: str, number: int, pid: int) -> None:
         """A worker has died: its task is lost with it, and another takes its place."""
-        if flight is not None and flight.number not in self._halts:  # else we have killed it
+        if flight is not None and self._stopping is not None:
+            self._finish(flight, "CANCELED", {})  # the pool is being closed
+        elif flight is not None and flight.number not in self._halts:  # else we have killed it
             error = WorkerLostError(
                 f"the worker process that ran task '{flight.uid}' died (pid {pid} on {host}):"
                 " os._exit, a crash, or killed, for example for its memory",
