@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import sys
 from collections.abc import Iterator
@@ -120,13 +121,16 @@ def test_a_function_that_takes_its_worker_down_fails_alone(dragon: Runtime) -> N
 
 
 async def _isolated() -> None:
-    one, two = await work.run(
+    one, two, three = await work.run(
         ComputeTask(function=work.add, args=(1, 2), **options(isolated=True)),
         ComputeTask(function=work.die, **options(isolated=True)),
+        ComputeTask(function=os._exit, args=(0,), **options(isolated=True)),
     )
     assert one.return_value == 3
     assert isinstance(two.exception, WorkerLostError)
     assert "exit codes of its ranks: [3]" in str(two.exception)
+    assert isinstance(three.exception, WorkerLostError)
+    assert "ended before its function did, with exit code 0" in str(three.exception)
 
 
 def test_an_isolated_function_has_a_process_of_its_own(dragon: Runtime) -> None:

@@ -9,6 +9,8 @@ from .execution import (
     ConcurrentExecutionBackend,
     DaskExecutionBackend,
     DragonExecutionBackend,
+    DragonExecutionBackendV1,
+    DragonExecutionBackendV2,
     DragonExecutionBackendV3,
     NoopExecutionBackend,
 )
@@ -21,6 +23,8 @@ __all__ = [
     "ConcurrentExecutionBackend",
     "DaskExecutionBackend",
     "DragonExecutionBackend",
+    "DragonExecutionBackendV1",
+    "DragonExecutionBackendV2",
     "DragonExecutionBackendV3",
     "NoopExecutionBackend",
     "StateMapper",

@@ -22,6 +22,8 @@ _BUILT_IN: dict[str, tuple[str, str | None, str | None]] = {
     "concurrent": (f"{_EXECUTION}.concurrent:ConcurrentExecutionBackend", None, None),
     "noop": (f"{_EXECUTION}.noop:NoopExecutionBackend", None, None),
     "dask": (f"{_EXECUTION}.dask_parallel:DaskExecutionBackend", "distributed", "dask"),
+    "dragon_v1": (f"{_EXECUTION}.dragon_legacy:DragonExecutionBackendV1", "dragon", "dragon"),
+    "dragon_v2": (f"{_EXECUTION}.dragon_legacy:DragonExecutionBackendV2", "dragon", "dragon"),
     "dragon_v3": (f"{_EXECUTION}.dragon:DragonExecutionBackendV3", "dragon", "dragon"),
     "dragon": (f"{_EXECUTION}.dragon:DragonExecutionBackendV3", "dragon", "dragon"),
 }

@@ -5,12 +5,15 @@ from __future__ import annotations
 from .concurrent import ConcurrentExecutionBackend
 from .dask_parallel import DaskExecutionBackend
 from .dragon import DragonExecutionBackend, DragonExecutionBackendV3
+from .dragon_legacy import DragonExecutionBackendV1, DragonExecutionBackendV2
 from .noop import NoopExecutionBackend
 
 __all__ = [
     "ConcurrentExecutionBackend",
     "DaskExecutionBackend",
     "DragonExecutionBackend",
+    "DragonExecutionBackendV1",
+    "DragonExecutionBackendV2",
     "DragonExecutionBackendV3",
     "NoopExecutionBackend",
 ]

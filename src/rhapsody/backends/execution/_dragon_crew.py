@@ -51,6 +51,8 @@ class Post:
         busy: says whether tasks are in flight.
     """
 
+    agent = staticmethod(remote.agent)  # what runs on each node
+
     def __init__(self, hear: Callable[[list[tuple[Any, ...]]], None]) -> None:
         self._hear = hear
         self._queue: Any = None
@@ -87,7 +89,7 @@ class Post:
         process: Any = importlib.import_module("dragon.native.process")
         orders = serial.dumps(self._orders[host], "queue")
         agent = process.Process(
-            target=remote.agent, args=(self.site, orders, host), policy=_on_host(host)
+            target=self.agent, args=(self.site, orders, host), policy=_on_host(host)
         )
         agent.start()
         self._agents.append(agent)

@@ -61,6 +61,10 @@ class Revoked(Exception):  # noqa: N818 - nobody sees it as an error
     """Raised in place of a task that was cancelled before it began."""
 
 
+class Stopped(BaseException):
+    """Raised in a task that is cancelled while it runs, by a signal to its worker."""
+
+
 def _folder(site: Site) -> str:
     """The folder of this node: of this user alone, and in no way to be guessed."""
     return os.path.join(tempfile.gettempdir(), f"rhapsody-{site.token}")
@@ -144,7 +148,8 @@ def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
             value = asyncio.run(value)
         data = serial.dumps(value, "result")
     except BaseException as error:
-        if type(error).__name__ == "_FunctionTaskCancelled":  # Dragon's own way to end a thread
+        # Dragon's own way to end a thread, and ours to end what a worker of a pool runs.
+        if isinstance(error, Stopped) or type(error).__name__ == "_FunctionTaskCancelled":
             raise
         # SystemExit too: it is the function that ends, not the process.
         trace = error.__traceback__
@@ -175,14 +180,16 @@ class _Local:
         self.end = Future()
         self.folder = order.folder
         task = {**(order.program or {})}
-        asyncio.run_coroutine_threadsafe(self.backend.submit_tasks([task]), self.loop).result()
+        submit = asyncio.run_coroutine_threadsafe(self.backend.submit_tasks([task]), self.loop)
         try:
+            submit.result()
             while True:
                 with contextlib.suppress(TimeoutError):
                     state, fields = self.end.result(_LISTEN)
                     break
         except BaseException:
             # It is cancelled. First the child ends, then that is true.
+            submit.exception()  # wait for it, if it was interrupted
             stop = self.backend.cancel_task(task["uid"])
             asyncio.run_coroutine_threadsafe(stop, self.loop).result()
             raise
@@ -199,9 +206,15 @@ class _Local:
                 self.end.set_result((state, dict(fields or {})))
 
 
-def run_rank(site: Site, number: int, rank: int, call: bytes, path: str) -> None:
-    """Run a function as a rank, in a process that Dragon started for it, and send its result."""
+def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -> None:
+    """Run a function as a rank, in a process that Dragon started for it, and send its result.
+
+    A call that is large is in a file, of which it is the path.
+    """
     queue = pickle.loads(site.queue)
+    if isinstance(call, str):
+        with open(call, "rb") as file:
+            call = file.read()
     queue.put(pickle.dumps([("begun", number, socket.gethostname())]))
     said = run_call(call, f"{path}.{rank}")
     queue.put(pickle.dumps([("rank", number, rank, said)]))

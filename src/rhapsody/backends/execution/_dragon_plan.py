@@ -104,10 +104,16 @@ class Planner:
 
     Args:
         work_dir: returns the folder for output files, which all nodes have to see.
+        cwd: the folder in which tasks run that name none; None for the current one.
+        all_jobs: whether every task runs in processes of its own.
     """
 
-    def __init__(self, work_dir: Callable[[], str]) -> None:
+    def __init__(
+        self, work_dir: Callable[[], str], cwd: str | None = None, *, all_jobs: bool = False
+    ) -> None:
         self._work_dir = work_dir
+        self._cwd = cwd
+        self._all_jobs = all_jobs
         self._numbers = itertools.count(1)
 
     def number(self) -> int:
@@ -124,12 +130,12 @@ class Planner:
         options = task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = task.get("resources")
         call = _call(task, pickled) if kind_of(task) == "function" else None
-        if is_job(task, options):
+        if self._all_jobs or is_job(task, options):
             flight.data = call
             flight.jobs = self._templates(task, options, need or Resources())
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
-            program = None if call is not None else _program(task, options, need)
+            program = None if call is not None else _program(task, options, need, self._cwd)
             order = Order(self._work_dir(), call, program)
             flight.data = pickle.dumps(tuple(order), pickle.HIGHEST_PROTOCOL)
         return flight
@@ -142,13 +148,13 @@ class Planner:
             (need.ranks, options.get("process_template") or {})
         ]
         env = {**(need.env or {}), **(options.get("env") or {})}
-        cwd = options.get("cwd") or need.cwd
+        cwd = options.get("cwd") or need.cwd or self._cwd
         base = os.path.join(self._work_dir(), task["uid"])
         jobs: list[tuple[int, dict[str, Any]]] = []
         for count, template in given:
             for _ in range(count):
                 rank = len(jobs)
-                one: dict[str, Any] = {"cwd": os.fspath(cwd) if cwd else os.getcwd(), **template}
+                one: dict[str, Any] = {"cwd": os.fspath(cwd or os.getcwd()), **template}
                 one["env"] = {**env, **(template.get("env") or {})}
                 one.setdefault("stdout", f"{base}.{rank}.stdout")
                 one.setdefault("stderr", f"{base}.{rank}.stderr")
@@ -181,11 +187,13 @@ def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
     return len(blob).to_bytes(4, "big") + blob + rest
 
 
-def _program(task: Task, options: Mapping[str, Any], need: Resources | None) -> dict[str, Any]:
+def _program(
+    task: Task, options: Mapping[str, Any], need: Resources | None, folder: str | None
+) -> dict[str, Any]:
     """An executable as the local backend on a node takes it: a plain dict of plain values."""
     kept = {name: options[name] for name in _PROGRAM_KEYS & options.keys()}
     env = {**((need and need.env) or {}), **(options.get("env") or {})}
-    cwd = options.get("cwd") or (need and need.cwd) or os.getcwd()
+    cwd = options.get("cwd") or (need and need.cwd) or folder or os.getcwd()
     kept.update(env=env, cwd=os.path.abspath(cwd))
     words = command_of(task)
     return {
@@ -200,8 +208,12 @@ def _program(task: Task, options: Mapping[str, Any], need: Resources | None) -> 
 # ---------------------------------------------------------------------- checks
 
 
-def check_options(task: Task, options: Mapping[str, Any], nodes: Nodes | None) -> None:
+def check_options(
+    task: Task, options: Mapping[str, Any], nodes: Nodes | None, *, all_jobs: bool = False
+) -> None:
     """Refuse what Dragon cannot run, or would hang on, or would abort at.
+
+    With `all_jobs`, every task runs in processes of its own.
 
     Raises:
         TaskValidationError: says which option is wrong, and what is accepted.
@@ -229,7 +241,7 @@ def check_options(task: Task, options: Mapping[str, Any], nodes: Nodes | None) -
             )
     if kind_of(task) == "function":
         _check_function(uid, options)
-    elif is_job(task, options):
+    elif all_jobs or is_job(task, options):
         _check_executable(uid, task, options)
     if nodes is not None:
         _check_room(uid, task, options, nodes)

@@ -29,7 +29,7 @@ from rhapsody.runtime.errors import (
 
 from ._dragon_crew import Crew, Post
 from ._dragon_ends import RankFiles, job_end, read_end
-from ._dragon_node import GRACE
+from ._dragon_node import GRACE, Site
 from ._dragon_plan import OPTIONS, Flight, Planner, check_options
 from ._dragon_runtime import Runtime, on_thread
 
@@ -40,6 +40,7 @@ logger = logging.getLogger(__name__)
 _OPEN = 120.0  # seconds for agents and a Batch to come up: 2 to 10 s on an idle machine
 _CLOSE = 20.0  # seconds for a Batch to be terminated
 _ANSWER = 10.0  # seconds for Dragon, or the agents, to take a request
+_RESULT = 5.0  # seconds for the result of a process that has ended with exit code 0
 _CHECK_EVERY = 1.0  # seconds between two looks at the beats
 # What earlier releases had, and what does it now.
 _REMOVED = {
@@ -124,7 +125,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         await self._runtime.open()
         self._empty = asyncio.Event()
         self._empty.set()
-        self._post = Post(self._from_post)
+        self._post = self._new_post()
         try:
             await on_thread(self._post.open, self._num_nodes, timeout=_OPEN)
             await self._renew()
@@ -139,11 +140,17 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             ) from error
         self._check_beats()
 
+    def _new_post(self) -> Post:
+        return Post(self._from_post)
+
+    def _new_crew(self, number: int, site: Site) -> Crew:
+        return Crew(number, site, self._from_crew)
+
     async def _renew(self) -> None:
         """Make a crew, which gets the tasks from now on."""
         assert self._post is not None
         self._numbers += 1
-        crew = Crew(self._numbers, self._post.site, self._from_crew)
+        crew = self._new_crew(self._numbers, self._post.site)
         await on_thread(
             crew.open, self._num_nodes, self._post.nodes, self._batch_kwargs, timeout=_OPEN
         )
@@ -377,10 +384,21 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             return
         if flight.is_function:
             if len(flight.rank_ends) < flight.ranks() and not any(flight.codes):
+                assert self._loop is not None
+                self._loop.call_later(_RESULT, self._give_up, flight)
                 return
             self._finish(flight, *job_end(flight, self.name))
         else:
             self._spawn(self._end_program, flight)
+
+    def _give_up(self, flight: Flight) -> None:
+        """A process ended well, and its function did not: os._exit(0), for example."""
+        if len(flight.rank_ends) < flight.ranks():
+            error = WorkerLostError(
+                f"a process of task '{flight.uid}' ended before its function did, with exit code 0",
+                backend=self.name,
+            )
+            self._finish(flight, "FAILED", {"exception": error})
 
     async def _end_program(self, flight: Flight) -> None:
         files = RankFiles(flight, self.work_dir)
