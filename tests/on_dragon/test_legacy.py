@@ -229,7 +229,7 @@ async def _ranks(folder: str) -> None:
     )
     assert isinstance(job.exception, TaskExecutionError)
     assert job.exception.exit_codes == [0, 4]
-    with open(job.stdout) as file:
+    with open(str(job.stdout)) as file:
         said = [line.rpartition(" ")[2] for line in file.read().splitlines()]
     assert said == ["0"] * 2000 + ["4"] * 2000
     assert ranks.return_value == [folder] * 2
