@@ -82,7 +82,9 @@ _WHEEL_CHECK = """
 import asyncio, importlib.resources, rhapsody
 from rhapsody.backends import ConcurrentExecutionBackend
 
-assert importlib.resources.files("rhapsody").joinpath("py.typed").is_file()
+files = importlib.resources.files("rhapsody")
+assert files.joinpath("py.typed").is_file()
+assert files.joinpath("runtime/_small/sitecustomize.py").is_file()
 
 async def main():
     async with rhapsody.Session(backends=[ConcurrentExecutionBackend()]) as session:
@@ -117,6 +119,6 @@ def dragon_multinode(session: nox.Session) -> None:
 
 
 def _on_dragon(session: nox.Session, marked: str) -> None:
-    session.install("-e", ".[dev,dragon]")
+    session.install("-e", ".[dev,dask,dragon]")
     session.run("python", "-m", "tests.on_dragon.machine")
     session.run("pytest", "tests/on_dragon", "-m", marked, *session.posargs)

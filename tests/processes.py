@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import select
 import sys
 from collections.abc import AsyncIterator, Iterator
@@ -202,3 +203,28 @@ def most_at_once(log: Path) -> int:
         running += 1 if word == "begin" else -1
         most = max(most, running)
     return most
+
+
+def public_listeners(pids: list[int]) -> list[str]:
+    """Addresses beyond loopback on which any of these processes listens."""
+    inodes = set()
+    for pid in pids:
+        for entry in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry))
+            except FileNotFoundError:
+                continue
+            if found:
+                inodes.add(found[1])
+    listening = []
+    for name in ("tcp", "tcp6"):
+        table = Path(f"/proc/net/{name}")
+        for line in table.read_text().splitlines()[1:] if table.exists() else []:
+            fields = line.split()
+            address, state = fields[1], fields[3]
+            # Words of 4 bytes in the machine's order: 127.x.y.z and ::1.
+            local = address.partition(":")[0]
+            loopback = local[6:] == "7F" if name == "tcp" else local == "0" * 24 + "01000000"
+            if state == "0A" and fields[9] in inodes and not loopback:
+                listening.append(f"{name} {address}")
+    return listening

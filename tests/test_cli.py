@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 
+from rhapsody.backends.discovery import BackendRegistry, install_hint
 from rhapsody.cli import doctor
 from rhapsody.cli.bench import WORKLOADS
 
@@ -201,6 +203,8 @@ def test_a_syntax_error_is_shown_where_it_is(script: Callable[..., Path]) -> Non
         (["run", "--wrok-dir", "x", "y.py"], "No such option"),
         (["run", "--log-level", "loud", "y.py"], "'loud' is not one of"),
         (["rnu"], "No such command 'rnu'"),
+        (["bench", "--scale", "nan"], "nan is not a number"),
+        (["bench", "--scale", "inf"], "not in the range"),
     ],
 )
 def test_wrong_use_is_explained(arguments: list[str], said: str, tmp_path: Path) -> None:
@@ -208,6 +212,19 @@ def test_wrong_use_is_explained(arguments: list[str], said: str, tmp_path: Path)
     assert done.returncode == 2
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_log_level_of_the_environment_that_is_none_is_a_wrong_use(
+    script: Callable[..., Path],
+) -> None:
+    path = script("print('ran')")
+    done = command("run", path, env={"RHAPSODY_LOG_LEVEL": "garbage"})
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "RHAPSODY_LOG_LEVEL must be" in done.stderr
+    assert "Traceback" not in done.stderr
+    for level in ("", "10"):
+        done = command("run", path, env={"RHAPSODY_LOG_LEVEL": level})
+        assert (done.returncode, done.stdout) == (0, "ran\n"), done.stderr
 
 
 # --- run: the script finds what it would find under Python ---------------------------------------
@@ -616,6 +633,20 @@ def test_doctor_asks_for_more_open_files() -> None:
 
 def test_doctor_sees_the_gpus_that_were_granted() -> None:
     assert findings(env={"CUDA_VISIBLE_DEVICES": "2,3"})["gpus"]["data"]["visible"] == ["2", "3"]
+
+
+def test_doctor_misses_only_engines_that_backends_lists_a_line_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    finding = doctor.check_engines()
+    assert finding.status == "note"
+    named = finding.found.rpartition("not installed: ")[2].split(", ")
+    installable = {name for name in BackendRegistry.list_backends() if install_hint(name)}
+    assert set(named) == {"cloudpickle", *(doctor.ENGINES[name] for name in installable)}
 
 
 def test_doctor_writes_in_the_work_dir(tmp_path: Path) -> None:

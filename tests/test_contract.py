@@ -138,6 +138,22 @@ async def test_its_own_checks_are_asked_about_every_task(starlight: Callable[...
         await known
 
 
+async def test_a_check_that_raises_refuses_its_task_only() -> None:
+    class Careless(ManualBackend):
+        def _check(self, task: Any, options: Any) -> None:
+            raise LookupError(options["colour"])
+
+    good = ComputeTask(function=double)
+    bad = ComputeTask(function=double, task_backend_specific_kwargs={"colour": "red"})
+    backend = ManualBackend("good")
+    bad.backend = "careless"
+    async with Session([backend, Careless("careless")]) as session:
+        with pytest.raises(TaskValidationError, match="LookupError: red") as caught:
+            await session.submit_tasks([good, bad])
+        assert set(caught.value.errors) == {bad.uid}
+        assert await backend.handed(1) == [good]
+
+
 async def test_its_tasks_can_be_canceled_as_far_as_it_can(starlight: Callable[..., Any]) -> None:
     begun, release = threading.Event(), threading.Event()
 
@@ -263,7 +279,25 @@ async def test_shutdown_settles_what_an_engine_leaves_behind() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"executor": 5}, {"executor": ProcessPoolExecutor}, {"slots": 0}, {"slots": "2"}]
+    "given",
+    [
+        {"executor": 5},
+        {"executor": ProcessPoolExecutor},
+        {"slots": 0},
+        {"slots": -1},
+        {"slots": True},
+        {"slots": 1.0},
+        {"slots": "2"},
+        {"grace": "x"},
+        {"grace": None},
+        {"grace": True},
+        {"grace": -1},
+        {"grace": float("nan")},
+        {"grace": float("inf")},
+        {"name": None},
+        {"name": ""},
+        {"name": 5},
+    ],
 )
 def test_the_local_backend_refuses_what_it_cannot_use(given: dict[str, Any]) -> None:
     with pytest.raises(BackendError, match="must be"):
@@ -305,6 +339,34 @@ async def test_frameworks_drive_a_backend_directly() -> None:
         ("e", "DONE"), ("e", "RUNNING"), ("f", "DONE"), ("f", "RUNNING"),
         ("g", "FAILED"), ("g", "RUNNING"), ("x", "FAILED"), ("x", "RUNNING"),
     ]  # fmt: skip
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
+class Stone(ComputeTask):
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        raise PermissionError("written in stone")
+
+
+async def test_a_task_that_takes_no_results_harms_no_other(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tasks: list[Any] = [
+        {"uid": "silent", "function": double},
+        Stone(function=double, uid="stone"),
+        {"uid": "other", "function": double},
+    ]
+    async with ManualBackend() as backend:
+        await backend.submit_tasks(tasks)
+        value = Unspeakable()
+        backend.deliver_burst([(task, "DONE", {"return_value": value}) for task in tasks])
+        await backend.heard()
+    assert tasks[0]["stdout"] == "<Unspeakable whose str raises LookupError>"
+    assert tasks[2]["state"] == "DONE"
+    assert "task 'stone' cannot be written to" in caplog.text
 
 
 async def test_tasks_of_an_unknown_uid_are_not_canceled() -> None:
@@ -380,6 +442,39 @@ def test_links_make_files_visible(tmp_path: Path) -> None:
     assert Path(link["target"]).read_text() == "result"
     with pytest.raises(TaskValidationError, match="needs a file_path"):
         backend.link_explicit_data_deps(dst_task=target, file_name="x")
+
+
+def test_links_are_where_the_resources_say(tmp_path: Path) -> None:
+    backend = ConcurrentExecutionBackend()
+    places = [str(tmp_path / name) for name in ("one", "two")]
+    one, two = (
+        ComputeTask(executable="x", output_files=["o"], resources=Resources(cwd=place))
+        for place in places
+    )
+    made = backend.link_explicit_data_deps(one, two, "o")
+    assert made == {"source": f"{places[0]}/o", "target": f"{places[1]}/o"}
+    assert os.readlink(made["target"]) == made["source"]
+    assert backend.link_implicit_data_deps(one, two) == {"target": [made["target"]]}
+
+
+def test_a_link_points_to_what_is_said_of_it(tmp_path: Path) -> None:
+    """One made before is replaced; what is not ours is left alone, and said to be in the way."""
+    backend = ConcurrentExecutionBackend()
+
+    def task(name: str) -> dict[str, Any]:
+        return {"uid": name, "task_backend_specific_kwargs": {"cwd": str(tmp_path / name)}}
+
+    first, second, reader = task("first"), task("second"), task("reader")
+    for producer in (first, second, second):
+        made = backend.link_explicit_data_deps(producer, reader, "o")
+        assert os.readlink(made["target"]) == made["source"]
+    os.unlink(made["target"])
+    os.symlink("/somewhere/else", made["target"])
+    (tmp_path / "reader" / "p").write_text("mine")
+    for name in ("o", "p"):
+        with pytest.raises(TaskValidationError, match=f"reader/{name}' exists, and is not a link"):
+            backend.link_explicit_data_deps(first, reader, name)
+    assert (tmp_path / "reader" / "p").read_text() == "mine"
 
 
 def test_what_else_frameworks_find_on_a_backend() -> None:

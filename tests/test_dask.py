@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import enum
 import functools
 import importlib
 import json
@@ -20,6 +21,7 @@ from typing import Any
 import dask
 import pytest
 
+from processes import descendants_of, public_listeners
 from rhapsody.api import ComputeTask, Resources, Session
 from rhapsody.api.errors import (
     BackendError,
@@ -220,19 +222,60 @@ def test_output_of_a_worker_that_shares_no_files_comes_to_the_client(
         assert not any(client.run(left).values())
 
 
-def test_ranks_run_under_mpiexec(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_run_under_mpiexec(run: Any) -> None:
     async def scenario(session: Session, _: Any) -> None:
-        (task,) = await ended(
+        hello, colon = await ended(
             session,
             ComputeTask(executable="echo", arguments=["hello"], resources=Resources(ranks=2)),
+            ComputeTask(executable="echo", arguments=[":", "x"], resources=Resources(ranks=2)),
         )
-        found = subprocess.run(["sh", "-c", "command -v mpiexec"], capture_output=True).returncode
-        beside = (Path(sys.executable).parent / "mpiexec").exists()
-        if found == 0 or beside:
-            assert str(task.stdout).count("hello") == 2, task.exception
-        else:
-            assert isinstance(task.exception, ResourceError)
-            assert "mpiexec" in str(task.exception)
+        assert hello.stdout == "hello\n" * 2, hello.exception
+        assert colon.stdout == ": x\n" * 2
+
+    run(scenario)
+
+
+def test_a_failing_rank_fails_the_task_with_its_exit_code(run: Any) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        script = "exit $((7 * PMI_RANK))"
+        tasks = [
+            ComputeTask(executable="sh", arguments=["-c", script], resources=Resources(ranks=2))
+            for _ in range(12)
+        ]
+        await ended(session, *tasks)
+        assert [(task.state, task.exit_code) for task in tasks] == [("FAILED", 7)] * 12
+
+    run(scenario)
+
+
+def test_ranks_open_no_port_to_the_outside(run: Any, tmp_path: Path) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        os.mkfifo(tmp_path / "go")
+        script = f"cd {tmp_path}; touch up.$PMI_RANK; read word < go"
+        task = ComputeTask(executable="sh", arguments=["-c", script], resources=Resources(ranks=2))
+        await session.submit_tasks([task])
+        await until(lambda: len(list(tmp_path.glob("up.*"))) == 2)
+        assert public_listeners(descendants_of(os.getpid())) == []
+        assert await session.cancel(task)
+
+    run(scenario)
+
+
+def test_a_text_of_any_class_is_its_text(run: Any) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        class Word(str, enum.Enum):
+            PRINT = "printenv"
+            NAME = "COLOUR"
+            RED = "red"
+
+        given = options(env={Word.NAME: Word.RED})
+        tasks = [ComputeTask(executable=Word.PRINT, arguments=[Word.NAME], **given)]
+        tasks += [ComputeTask(executable="printenv", arguments=["COLOUR"], **given)]
+        tasks += [ComputeTask(executable="echo", arguments=["red"]) for _ in range(4)]
+        last = ComputeTask(function=add, args=(1,))
+        await ended(session, *tasks, last)
+        assert [task.stdout for task in tasks] == ["red\n"] * 6
+        assert last.return_value == 2
 
     run(scenario)
 
@@ -266,6 +309,11 @@ def test_plain_dicts_without_a_session(cluster: Any) -> None:
         ({"function": add, **options(resources={"GPU": "one"})}, "numbers"),
         ({"function": add, **options(resources=["GPU"])}, "a dict of numbers"),
         ({"function": add, **options(allow_other_workers=True)}, "needs workers"),
+        ({"function": add, **options(workers="")}, "an address or name"),
+        ({"function": add, **options(workers=[1.5])}, "an address or name"),
+        ({"function": add, **options(key="")}, "UTF-8"),
+        ({"function": add, **options(key="half a \ud800")}, "UTF-8"),
+        ({"function": add, **options(retries=-1)}, "how many more"),
         ({"function": add, "resources": Resources(ranks=2)}, "one rank"),
         ({"function": add, "resources": Resources(env={"A": "b"})}, "process"),
         ({"executable": "ls", **options(env={"A": 1})}, "texts"),
@@ -449,6 +497,85 @@ def test_dask_s_own_options(run: Any) -> None:
         )
         assert named.return_value == 2
         assert tied.return_value == pid
+
+    run(scenario)
+
+
+def test_a_graph_that_the_scheduler_refuses_fails_alone(run: Any, cluster: Any) -> None:
+    async def scenario(session: Session, _: Any) -> None:
+        nowhere = [
+            ComputeTask(function=add, args=(i,), **options(workers="nowhere.invalid:8000"))
+            for i in range(3)
+        ]
+        nobody = ComputeTask(executable="true", **options(workers=["nobody", 99]))
+        child = ComputeTask(function=add, args=(nowhere[1],))
+        grandchild = ComputeTask(function=add, args=(child,))
+        good = ComputeTask(function=add, args=(1,))
+        await ended(session, good, *nowhere, nobody, child, grandchild)
+        assert good.return_value == 2
+        for task in (*nowhere, nobody):
+            assert isinstance(task.exception, BackendError), task
+            assert "workers=" in str(task.exception)
+            assert task.exception.__cause__ is not None
+        assert isinstance(child.exception, DependencyError)
+        assert isinstance(grandchild.exception, DependencyError)
+        late = ComputeTask(function=add, args=(1,), after=[good], **options(workers=(0, 1)))
+        await ended(session, late)
+        assert late.return_value == 2
+
+    run(scenario)
+
+
+def test_options_that_the_client_refuses_fail_their_own_tasks(
+    run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(session: Session, backend: Any) -> None:
+        take = backend.client.map
+
+        def refuse_some(*args: Any, **kwargs: Any) -> Any:
+            if kwargs.get("priority") == 7:
+                raise TypeError("not this one")
+            return take(*args, **kwargs)
+
+        monkeypatch.setattr(backend.client, "map", refuse_some)
+        bad = ComputeTask(function=add, args=(1,), **options(priority=7))
+        child = ComputeTask(function=add, args=(bad,))
+        good = ComputeTask(function=add, args=(1,))
+        await ended(session, child, bad, good)
+        assert good.return_value == 2
+        assert "not this one" in str(bad.exception)
+        assert isinstance(child.exception, DependencyError)
+
+    run(scenario)
+
+
+def test_a_program_whose_name_is_no_text(run: Any, tmp_path: Path) -> None:
+    program = os.fsencode(tmp_path) + b"/\xff"
+    Path(os.fsdecode(program)).symlink_to("/bin/echo")
+
+    async def scenario(session: Session, _: Any) -> None:
+        (task,) = await ended(
+            session, ComputeTask(executable=os.fsdecode(program), arguments=["hi"])
+        )
+        assert task.stdout == "hi\n"
+
+    run(scenario)
+
+
+def test_an_interrupted_connection_fails_what_is_in_flight(run: Any) -> None:
+    async def scenario(session: Session, backend: Any) -> None:
+        # In one graph: some have ended, some run, some wait for a worker.
+        tasks = [ComputeTask(function=time.sleep, args=(i and 1.5,)) for i in range(6)]
+        await session.submit_tasks(tasks)
+        await until(lambda: tasks[0].done() and tasks[1].state == "RUNNING")
+        await backend._engine.call(backend.client.scheduler_comm.comm.abort)
+        await session.wait_tasks(tasks, timeout=30)
+        for task in tasks[1:]:
+            assert isinstance(task.exception, BackendError), task
+            assert task.exception.transient
+        await until(lambda: backend.client.status == "running")
+        (again,) = await ended(session, ComputeTask(function=add, args=(1,)))
+        assert again.return_value == 2
 
     run(scenario)
 
@@ -1036,6 +1163,27 @@ def test_what_is_no_cluster() -> None:
             DaskExecutionBackend(client="a", cluster="b")
 
     asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"resources": 5}, "resources must be a dict"),
+        ({"resources": "n_workers=4"}, "resources must be a dict"),
+        ({"resources": {4: "n_workers"}}, "resources must be a dict"),
+        ({"resources": {"n_workers": 4}, "cluster": "tcp://127.0.0.1:1"}, "your own"),
+        ({"resources": {"n_workers": 4}, "client": "tcp://127.0.0.1:1"}, "your own"),
+        ({"cluster": "tcp://127.0.0.1:1", "client": "tcp://127.0.0.1:1"}, "not both"),
+        ({"worker_timeout": "5"}, "worker_timeout"),
+        ({"worker_timeout": None}, "worker_timeout"),
+        ({"worker_timeout": True}, "worker_timeout"),
+        ({"worker_timeout": -1}, "worker_timeout"),
+        ({"worker_timeout": float("nan")}, "worker_timeout"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(arguments: dict[str, Any], words: str) -> None:
+    with pytest.raises(BackendError, match=words):
+        DaskExecutionBackend(**arguments)
 
 
 def test_without_dask_the_module_imports_and_the_start_says_what_to_install(tmp_path: Path) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import copy
+import importlib
+import pickle
 import random
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -65,13 +69,13 @@ async def test_tasks_in_containers_are_replaced_too() -> None:
     one, two = ComputeTask(function=add, args=(1,)), ComputeTask(function=add, args=(2,))
     child = ComputeTask(
         function=collect,
-        args=([one, two, 3], (one, 4), {one, 5}),
+        args=([one, two, 3], (one, 4), {5}),
         kwargs={"table": {"a": one, "b": 6}},
     )
     async with Session([ConcurrentExecutionBackend()]) as session:
         await session.submit_tasks([child, one, two])  # in any order
         await child
-    assert child.return_value == (([1, 2, 3], (1, 4), {1, 5}), {"table": {"a": 1, "b": 6}})
+    assert child.return_value == (([1, 2, 3], (1, 4), {5}), {"table": {"a": 1, "b": 6}})
 
 
 async def test_one_parent_many_times() -> None:
@@ -175,6 +179,24 @@ async def test_a_plain_dict_may_have_parents() -> None:
         await session.submit_tasks([child, parent])
         await session.wait_tasks([child])
     assert child["return_value"] == 4
+
+
+async def test_a_plain_dict_may_be_a_parent() -> None:
+    """In `after=`, once it is submitted; among arguments it is data."""
+    parent: dict[str, Any] = {"function": fail}
+    first = ComputeTask(function=noop, after=[parent])
+    second: dict[str, Any] = {"function": noop, "after": parent}
+    data = ComputeTask(function=collect, args=(parent,))
+    never = ComputeTask(function=noop, after=[{"uid": "unheard-of"}])
+    early = ComputeTask(function=noop, after=[{"function": noop}])
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        with pytest.raises(TaskValidationError, match="submit it before its child") as caught:
+            await session.submit_tasks([parent, first, second, data, never, early])
+        assert set(caught.value.errors) == {never.uid, early.uid}
+        await session.wait_tasks([first, second, data])
+    assert isinstance(first.exception, DependencyError)
+    assert second["exception"].parent == parent["uid"]
+    assert data.state == "DONE"
 
 
 async def test_a_child_waits_for_the_last_of_its_parents() -> None:
@@ -357,6 +379,42 @@ async def test_a_failure_runs_down_a_long_chain() -> None:
     assert isinstance(chain[-1].exception, DependencyError)
 
 
+@pytest.mark.parametrize(
+    "cross", [lambda thing: pickle.loads(pickle.dumps(thing)), copy.copy, copy.deepcopy]
+)
+async def test_what_is_left_of_a_long_chain_crosses(cross: Callable[[Any], Any]) -> None:
+    importlib.import_module("distributed")  # from then on causes of exceptions are pickled too
+    first, good = ComputeTask(function=fail), ComputeTask(function=add)
+    bad = [first, *links(2_000, after=first)]
+    sums = [good]
+    for _ in range(1_000):
+        sums.append(ComputeTask(function=add, args=(sums[-1], 1)))
+        sums.append(ComputeTask(function=sum, args=([sums[-1], 1],)))
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks([*bad, *sums])
+        await session.wait_tasks([*bad, *sums])
+    error = cross(bad[-1].exception)
+    assert str(error) == str(bad[-1].exception)
+    assert (error.parent, type(error.root)) == (bad[-2].uid, KeyError)
+    assert (error.cause.uid, type(error.cause.root)) == (bad[-2].uid, KeyError)
+    task, fine = cross(bad[-1]), cross(sums[-1])
+    assert [parent.uid for parent in task.after] == [bad[-2].uid]
+    assert str(task.exception) == str(error)
+    parent = fine.args[0][0]
+    assert (parent.uid, parent.state) == (sums[-2].uid, "DONE")
+    assert (fine.result(), parent.result()) == (2_000, 1_999)
+
+
+async def test_a_new_graph_crosses_whole() -> None:
+    parent = ComputeTask(function=add, args=(1, 2))
+    child = ComputeTask(function=add, args=(parent, 4), after=[parent])
+    tasks = pickle.loads(pickle.dumps([parent, child]))
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks(tasks)
+        await tasks[1]
+    assert tasks[1].return_value == 7
+
+
 async def test_the_message_of_a_deep_failure_is_short() -> None:
     root = ComputeTask(function=fail)
     chain = links(200, after=root)
@@ -488,6 +546,65 @@ async def test_a_child_with_a_bad_backend_is_refused_at_submit() -> None:
 
 
 # ---------------------------------------------------------------------- a graph with a meaning
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@pytest.mark.parametrize("make", [set, frozenset, lambda tasks: Pair(*tasks)])
+async def test_a_task_where_no_result_can_take_its_place_is_refused(
+    make: Callable[[list[ComputeTask]], Any],
+) -> None:
+    """Results need not hash, and two equal ones would be one in a set; the others run."""
+    one, two = ComputeTask(function=add, args=(1,)), ComputeTask(function=add, args=(1,))
+    child = ComputeTask(function=len, args=(make([one, two]),))
+    after = ComputeTask(function=noop, after=[one])
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        with pytest.raises(TaskValidationError, match="use a list, tuple or dict") as caught:
+            await session.submit_tasks([one, two, child, after])
+        assert set(caught.value.errors) == {child.uid}
+        await asyncio.gather(one, two, after)
+
+
+class Unspeakable(Exception):
+    def __str__(self) -> str:
+        raise AttributeError("no words")
+
+
+def fail_without_words() -> None:
+    raise Unspeakable
+
+
+@pytest.mark.parametrize("ended", [False, True])
+async def test_a_parent_whose_error_cannot_be_told(ended: bool) -> None:
+    parent = ComputeTask(function=fail_without_words)
+    child, other = ComputeTask(function=noop, after=[parent]), ComputeTask(function=noop)
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks([parent])
+        if ended:
+            await session.wait_tasks([parent])
+        await session.submit_tasks([child, other])
+        await session.wait_tasks([parent, child, other], timeout=30)
+    assert isinstance(child.exception, DependencyError)
+    assert child.exception.root is parent.exception
+    assert "Unspeakable" in str(child.exception)
+    assert other.state == "DONE"
+
+
+async def test_arguments_that_went_bad_while_their_task_waited() -> None:
+    """The child fails, and its own children with it; nothing waits for ever."""
+    backend, parent, stray = ManualBackend(), ComputeTask(function=noop), ComputeTask(function=noop)
+    child = ComputeTask(function=collect, args=[parent])
+    last = ComputeTask(function=noop, after=[child])
+    async with Session([backend]) as session:
+        await session.submit_tasks([parent, child, last])
+        child.args.append({stray})  # type: ignore[attr-defined]
+        backend.deliver(parent, "DONE")
+        await session.wait_tasks([child, last], timeout=30)
+    assert isinstance(child.exception, TaskValidationError)
+    assert isinstance(last.exception, DependencyError)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -70,6 +70,7 @@ def test_melt_is_stopped_by_ctrl_c(tmp_path: Path) -> None:
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        preexec_fn=heed_ctrl_c,
     ) as workflow:
         assert workflow.stdout is not None
         while "U/N" not in (line := workflow.stdout.readline()):
@@ -81,6 +82,11 @@ def test_melt_is_stopped_by_ctrl_c(tmp_path: Path) -> None:
     assert "KeyboardInterrupt" in errors
     assert not lammps_runs_of(tmp_path)
     assert not (tmp_path / "results.json").exists()
+
+
+def heed_ctrl_c() -> None:
+    """A background job of a shell ignores SIGINT, and so would what it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def lammps_runs_of(folder: Path) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import enum
 import hashlib
 import itertools
 import json
@@ -30,10 +32,12 @@ from processes import (
 )
 from rhapsody.api import (
     ComputeTask,
+    Resources,
     TaskExecutionError,
     TaskTimeoutError,
     TaskValidationError,
 )
+from rhapsody.runtime.processes import Children, Ended, Launch
 
 MIB = 1 << 20
 
@@ -377,6 +381,77 @@ async def test_bad_options_are_refused_at_submit(given: dict[str, Any]) -> None:
             await session.submit_tasks([bad, good])
         await session.wait_tasks([good], timeout=PATIENCE)
     assert good.state == "DONE"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"cwd": 5}, {"cwd": b"x"}, {"env": "A=1"}, {"env": ["a"]}]
+    + [{"env": env} for env in ({"A": 1}, {"A": Path("x")}, {1: "x"}, {"A=B": "x"}, {"A": "\0"})],
+)
+def test_a_bad_environment_or_folder_is_refused_by_resources(given: dict[str, Any]) -> None:
+    with pytest.raises(TaskValidationError, match=next(iter(given))):
+        Resources(**given)
+
+
+class Word(str, enum.Enum):
+    SHELL = "sh"
+    NAME = "WORD"
+    TEXT = "a text"
+    FOLDER = "folder"
+
+
+class Bytes(bytes):
+    pass
+
+
+async def test_a_text_of_any_class_is_its_text(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    script = 'echo "$WORD,$1,$(cat),${PWD##*/}"'
+    tasks = [
+        ComputeTask(
+            executable=Word.SHELL,
+            arguments=["-c", script, "-", Word.TEXT],
+            resources=need,
+            **options(stdin=Bytes(b"bytes"), **given),
+        )
+        for need, given in (
+            (None, {"env": {Word.NAME: Word.TEXT}, "cwd": Word.FOLDER}),
+            (Resources(env={Word.NAME: Word.TEXT}, cwd=Word.FOLDER), {}),
+            (Resources(env={Word.NAME: Word.TEXT}, cwd=tmp_path / "folder"), {}),
+        )
+    ]
+    await run(*tasks)
+    assert [task.stdout for task in tasks] == ["a text,a text,bytes,folder\n"] * 3
+
+
+async def test_a_change_of_the_environment_after_the_check_is_not_seen() -> None:
+    env: dict[str, Any] = {"A": "x"}
+    need = Resources(env=env)
+    env["A"] = 5
+    task = ComputeTask(executable="printenv", arguments=["A"], resources=need)
+    await run(task)
+    assert task.stdout == "x\n"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"argv": [5]}, {"env": {"A": 1}}, {"stdin": 5}, {"cwd": 5}, {"cores": [object()]}]
+)
+async def test_what_cannot_be_told_the_warden_is_the_trouble_of_one(wrong: dict[str, Any]) -> None:
+    heard: asyncio.Queue[Any] = asyncio.Queue()
+
+    def hear(events: list[Any]) -> None:
+        for event in events:
+            heard.put_nowait(event)
+
+    children = Children(hear)
+    launch = Launch(["true"], "out", "err")
+    first = children.run(launch)
+    with pytest.raises((TypeError, ValueError)):
+        children.run(dataclasses.replace(launch, **wrong))
+    last = children.run(launch)
+    ends = [await asyncio.wait_for(heard.get(), PATIENCE) for _ in range(4)]
+    await children.close()
+    assert {end.key for end in ends if isinstance(end, Ended)} == {first, last}
 
 
 # ---------------------------------------------------------------------- what cannot be started

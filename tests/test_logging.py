@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import logging
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -39,7 +41,7 @@ def test_enabled_it_logs_from_info_up() -> None:
     assert "INFO     | [rhapsody.of.a.test] | an event" in stream.getvalue()
 
 
-@pytest.mark.parametrize("level", ["DEBUG", logging.DEBUG])
+@pytest.mark.parametrize("level", ["DEBUG", "debug", "10", logging.DEBUG])
 def test_the_level(level: int | str) -> None:
     stream = io.StringIO()
     enable_logging(level, "%(message)s", stream)
@@ -56,6 +58,24 @@ def test_the_level_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert stream.getvalue() == "heard\n"
 
 
+@pytest.mark.parametrize(
+    ("level", "number"),
+    [("", logging.INFO), ("10", 10), (" warning ", logging.WARNING), ("Critical", 50)],
+)
+def test_levels_that_the_environment_may_have(
+    level: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RHAPSODY_LOG_LEVEL", level)
+    enable_logging(stream=io.StringIO())
+    assert logging.getLogger("rhapsody").level == number
+
+
+def test_a_level_of_the_environment_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RHAPSODY_LOG_LEVEL", "garbage")
+    with pytest.raises(ValueError, match=r"RHAPSODY_LOG_LEVEL must be .*'garbage'"):
+        enable_logging()
+
+
 def test_a_second_call_replaces_the_first_unless_told_not_to() -> None:
     first, second, third = io.StringIO(), io.StringIO(), io.StringIO()
     enable_logging(stream=first, format_string="%(message)s")
@@ -65,10 +85,11 @@ def test_a_second_call_replaces_the_first_unless_told_not_to() -> None:
     assert (first.getvalue(), second.getvalue(), third.getvalue()) == ("", "once\n", "")
 
 
-def test_an_unknown_level_is_refused_and_changes_nothing() -> None:
+@pytest.mark.parametrize("level", ["LOUD", "-1.5", True, 2.5, b"INFO"])
+def test_an_unknown_level_is_refused_and_changes_nothing(level: Any) -> None:
     stream = io.StringIO()
     enable_logging(stream=stream, format_string="%(message)s")
-    with pytest.raises(ValueError, match="LOUD"):
-        enable_logging("LOUD")
+    with pytest.raises(ValueError, match=re.escape(repr(level))):
+        enable_logging(level)
     logger.info("as before")
     assert stream.getvalue() == "as before\n"

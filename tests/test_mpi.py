@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,16 @@ from typing import Any
 
 import pytest
 
-from processes import PATIENCE, Roster, descendants_of, most_at_once, open_session, roster_in, run
+from processes import (
+    PATIENCE,
+    Roster,
+    descendants_of,
+    most_at_once,
+    open_session,
+    public_listeners,
+    roster_in,
+    run,
+)
 from rhapsody.api import ComputeTask, ResourceError, Resources, TaskExecutionError
 
 # A program of MPI without anything to compile: the library of the `mpich` package, by ctypes.
@@ -158,31 +166,6 @@ async def test_nothing_listens_on_a_public_interface(roster: Roster) -> None:
         assert public_listeners([os.getpid(), *family]) == []
         Path("go").write_text("")
         assert await session.cancel(task) or task.done()
-
-
-def public_listeners(pids: list[int]) -> list[str]:
-    """Addresses beyond loopback on which any of these processes listens."""
-    inodes = set()
-    for pid in pids:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
-            try:
-                found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry))
-            except FileNotFoundError:
-                continue
-            if found:
-                inodes.add(found[1])
-    listening = []
-    for name in ("tcp", "tcp6"):
-        table = Path(f"/proc/net/{name}")
-        for line in table.read_text().splitlines()[1:] if table.exists() else []:
-            fields = line.split()
-            address, state = fields[1], fields[3]
-            # Words of 4 bytes in the machine's order: 127.x.y.z and ::1.
-            local = address.partition(":")[0]
-            loopback = local[6:] == "7F" if name == "tcp" else local == "0" * 24 + "01000000"
-            if state == "0A" and fields[9] in inodes and not loopback:
-                listening.append(f"{name} {address}")
-    return listening
 
 
 async def test_without_mpiexec_the_error_has_the_line_that_installs_one(

@@ -7,9 +7,12 @@ model of what must come of it. Time is the test's own: a timeout is a step, not 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import enum
 import os
 from collections import Counter
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +28,7 @@ from rhapsody.api import (
     ComputeTask,
     DependencyError,
     Resources,
+    RhapsodyError,
     Session,
     SessionError,
     TaskTimeoutError,
@@ -593,6 +597,12 @@ def modular(value: int, others: list[int]) -> int:
 
 # ---------------------------------------------------------------------- input
 
+
+class Word(str, enum.Enum):
+    HERE = "here"
+    DOT = "."
+
+
 JUNK = st.one_of(
     st.none(),
     st.booleans(),
@@ -607,6 +617,14 @@ JUNK = st.one_of(
     st.builds(ComputeTask, function=st.just(noop)),
     st.just(Resources()),
 )
+WORDS = st.one_of(
+    st.text(max_size=3),
+    st.text(alphabet="A=\0\udcff\ud800", max_size=3),
+    st.sampled_from([Word.HERE, Word.DOT]),
+    st.just(Path()),
+)
+# What the environment and the folder of a process may be, and what looks like it.
+TEXTS = st.one_of(WORDS, st.dictionaries(WORDS, st.one_of(WORDS, st.integers()), max_size=2))
 FIELDS = [
     "executable", "function", "arguments", "args", "kwargs", "uid", "backend", "input_files",
     "output_files", "capture_stdio", "resources", "retries", "timeout", "after",
@@ -642,10 +660,8 @@ def test_whatever_an_ai_task_is_given_it_is_made_or_refused(given: dict[str, Any
 @settings(max_examples=EXAMPLES or 200)
 @given(
     given=st.dictionaries(
-        st.sampled_from(
-            ["ranks", "cores_per_rank", "gpus_per_rank", "memory_per_rank", "walltime"]
-        ),
-        JUNK,
+        st.sampled_from([field.name for field in dataclasses.fields(Resources)]),
+        st.one_of(JUNK, TEXTS),
         max_size=3,
     )
 )
@@ -658,6 +674,33 @@ def test_whatever_resources_are_given_they_are_made_or_refused(given: dict[str, 
         assert need.cores >= 1
         assert need.memory >= 0
         assert need.walltime_seconds is None or need.walltime_seconds > 0
+        assert need.cwd is None or type(need.cwd) is str
+        for text in (text for item in (need.env or {}).items() for text in item):
+            assert type(text) is str
+
+
+@settings(max_examples=EXAMPLES or 25)
+@given(
+    needs=st.lists(st.dictionaries(st.sampled_from(["cwd", "env"]), TEXTS, min_size=1), max_size=4)
+)
+def test_whatever_a_process_is_given_it_runs_or_fails_alone(needs: list[dict[str, Any]]) -> None:
+    tasks = []
+    for need in needs:
+        try:
+            tasks.append(ComputeTask(executable="true", resources=Resources(**need)))
+        except TaskValidationError:
+            continue
+
+    async def run() -> None:
+        async with Session([ConcurrentExecutionBackend()]) as session:
+            good = ComputeTask(executable="true")
+            await session.submit_tasks([*tasks, good])
+            await session.wait_tasks([*tasks, good], timeout=60)
+            assert good.state == "DONE"
+
+    asyncio.run(run())
+    for task in tasks:
+        assert task.state == "DONE" or isinstance(task.exception, RhapsodyError), task.exception
 
 
 @settings(max_examples=EXAMPLES or 150)

@@ -137,7 +137,45 @@ async def test_wait_tasks_takes_one_task_and_none() -> None:
         assert await session.submit_tasks([]) == []
         assert await session.wait_tasks([]) == []
         await session.submit_tasks([task])
-        assert await session.wait_tasks(task) == [task]  # type: ignore[arg-type]
+        assert await session.wait_tasks(task) == [task]
+
+
+async def test_one_task_stands_for_a_list_of_it() -> None:
+    async with Session([NoopExecutionBackend()]) as session:
+        task = ComputeTask(function=noop)
+        other: Any = {"function": noop}
+        await session.submit_tasks([task, other])
+        assert [ended async for ended in session.as_completed(task)] == [task]
+        assert [ended async for ended in session.as_completed(other)] == [other]
+        session.forget(task)
+        session.forget(other)
+        with pytest.raises(SessionError, match="was forgotten"):
+            await session.cancel(task)
+
+
+async def test_wrong_arguments_are_session_errors() -> None:
+    wrong: Any = 5
+    with pytest.raises(SessionError, match="work_dir must be the path of a folder, not 5"):
+        Session(work_dir=wrong)
+    async with Session([NoopExecutionBackend()]) as session:
+        text: Any = "task.000001"
+        for given in (wrong, text):
+            with pytest.raises(SessionError, match="a task or a list of tasks is needed"):
+                await session.wait_tasks(given)
+        with pytest.raises(SessionError, match="a task or a list of tasks is needed"):
+            await anext(session.as_completed(wrong))
+        with pytest.raises(SessionError, match="a task or a list of tasks is needed, not 5"):
+            session.forget(wrong)
+        limits: list[Any] = ["x", float("nan")]
+        for limit in limits:
+            with pytest.raises(SessionError, match="timeout must be seconds"):
+                await session.wait_tasks([], timeout=limit)
+        with pytest.raises(SessionError, match="map takes a list of items, not 5"):
+            await session.map(noop, wrong)
+        own: list[dict[str, Any]] = [{"args": (1,)}, {"executable": "x"}]
+        for fields in own:
+            with pytest.raises(SessionError, match="= is not accepted"):
+                await session.map(noop, [1], **fields)
 
 
 async def test_a_timeout_of_the_wait_leaves_the_tasks_alone() -> None:
@@ -610,6 +648,34 @@ async def test_an_engine_that_raises_fails_its_tasks_with_a_typed_error(error: E
         assert task.exception is error or task.exception.__cause__ is error
 
 
+class Exit(BaseException):
+    """As some libraries have them: no error, and not asyncio's either."""
+
+
+async def test_what_no_engine_should_raise_leaves_no_task_behind() -> None:
+    """Neither in the author's submit, nor in the background, where a child is handed over."""
+
+    class Leaving(ManualBackend):
+        async def _submit(self, tasks: list[Any]) -> None:
+            await super()._submit(tasks)
+            if len(self.given) > 1:
+                raise Exit
+
+    backend = await Leaving()
+    parent, late = ComputeTask(function=noop), ComputeTask(function=noop)
+    child = ComputeTask(function=noop, after=[parent])
+    async with Session([backend]) as session:
+        heard: list[Any] = []
+        asyncio.get_running_loop().set_exception_handler(lambda _, what: heard.append(what))
+        await session.submit_tasks([parent, child])
+        backend.deliver(parent, "DONE")
+        await session.wait_tasks([child], timeout=30)
+        with pytest.raises(Exit):
+            await session.submit_tasks([late])
+        await session.wait_tasks([late], timeout=30)
+    assert (child.state, late.state) == ("CANCELED", "CANCELED")
+
+
 async def test_two_waits_for_a_start_make_one_start() -> None:
     backend = SlowToStart()
     tasks = [ComputeTask(function=noop) for _ in range(2)]
@@ -934,6 +1000,44 @@ async def test_a_task_can_be_canceled_before_its_backend_is_up() -> None:
     assert task.state == "CANCELED"
 
 
+async def test_a_backend_that_is_slow_to_start_holds_up_no_other() -> None:
+    """Neither the tasks of another one behind it in a large submit, nor their children."""
+    slow, fast = SlowToStart(), ManualBackend("fast")
+    late = [ComputeTask(function=noop, backend="slow") for _ in range(3000)]
+    soon = [ComputeTask(function=noop, backend="fast") for _ in range(2)]
+    child = ComputeTask(function=noop, backend="fast", after=[soon[0]])
+    async with Session([slow, fast]) as session:
+        submit = asyncio.create_task(session.submit_tasks([soon[0], *late, soon[1], child]))
+        assert await asyncio.wait_for(fast.handed(2), 30) == soon
+        fast.deliver_burst([(task, "DONE", None) for task in soon])
+        assert await asyncio.wait_for(fast.handed(3), 30) == [*soon, child]
+        assert not submit.done()  # it ends when all has been handed over
+        slow.may_start.set()
+        await submit
+        assert slow.given == late  # in the order of the submit
+
+
+async def test_a_task_can_be_canceled_while_others_wait_for_its_backend() -> None:
+    """What no backend has been given yet is canceled at once, and never run."""
+    backend = SlowToStart()
+    first, second, third = (ComputeTask(function=noop) for _ in range(3))
+    async with Session([backend]) as session:
+        submits = [
+            asyncio.create_task(session.submit_tasks(tasks)) for tasks in ([first], [second, third])
+        ]
+        await backend.begun.wait()
+        assert await session.cancel(second) is True
+        backend.may_start.set()
+        while backend.state() != "RUNNING":
+            await asyncio.sleep(0)
+        assert await session.cancel(third) is True
+        await asyncio.gather(*submits)
+        await backend.heard()
+        assert third not in backend.given
+        assert second not in backend.given
+    assert (second.state, third.state) == ("CANCELED", "CANCELED")
+
+
 async def test_cancel_of_one_task_twice_at_once() -> None:
     task = ComputeTask(executable="/bin/sleep", arguments=[1000])
     async with Session([ConcurrentExecutionBackend()]) as session:
@@ -1176,6 +1280,58 @@ async def test_shutting_a_backend_down_fails_what_is_submitted_to_it_later() -> 
             await task
 
 
+# ---------------------------------------------------------------------- two loops
+
+
+def test_a_session_belongs_to_one_event_loop() -> None:
+    """A second asyncio.run is told so; it would wait for ever."""
+    session, backend = Session(), ManualBackend()
+    session.add_backend(backend)
+    ended, left, late = (ComputeTask(function=noop) for _ in range(3))
+
+    async def first() -> None:
+        await session.submit_tasks([ended, left])
+        backend.deliver(ended, "DONE")
+        await ended
+
+    async def follow() -> None:
+        async for _ in session.as_completed([left]):
+            pass
+
+    async def second() -> None:
+        assert await session.wait_tasks([ended]) == [ended]
+        assert await session.cancel(ended) is False
+        for attempt in (
+            session.submit_tasks([late]),
+            session.wait_tasks([left]),
+            session.cancel(left),
+            follow(),
+        ):
+            with pytest.raises(SessionError, match=r"another event loop; make a new session"):
+                await asyncio.wait_for(attempt, 30)
+        await session.close()
+
+    asyncio.run(first())
+    asyncio.run(second())
+    assert (late.state, left.state) == ("NEW", "CANCELED")
+
+
+@pytest.mark.parametrize("cls", [ConcurrentExecutionBackend, NoopExecutionBackend])
+def test_a_backend_belongs_to_one_event_loop(cls: Any) -> None:
+    backend = asyncio.run(cls.create())
+    task = ComputeTask(function=noop)
+
+    async def second() -> None:
+        with pytest.raises(BackendError, match=r"another event loop; make a new one"):
+            await backend
+        async with Session([backend]) as session:
+            await session.submit_tasks([task])
+            await session.wait_tasks([task], timeout=30)
+
+    asyncio.run(second())
+    assert isinstance(task.exception, BackendError)
+
+
 # ---------------------------------------------------------------------- two sessions
 
 
@@ -1238,6 +1394,31 @@ def test_the_work_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert session.path == tmp_path / "given" / "s"
     assert session.path.is_dir()
     assert Session(uid="s", work_dir=str(tmp_path / "given")).path.name == "s.1"
+
+
+@pytest.mark.parametrize("work_dir", [5, 0, b"x", ["x"]])
+def test_a_work_directory_is_a_path(work_dir: Any) -> None:
+    with pytest.raises(SessionError, match="work_dir must be"):
+        Session(work_dir=work_dir)
+
+
+@pytest.mark.parametrize("kind", ["dangling", "file", "below a file", "proc", "nul"])
+async def test_a_work_directory_that_cannot_be_made_is_named(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "dangling").symlink_to("/missing/folder")
+    (tmp_path / "file").touch()
+    place = {"below a file": "file/below", "proc": "/proc/nope", "nul": "a\0b"}.get(kind, kind)
+    backend = ConcurrentExecutionBackend(slots=1)
+    async with Session([backend], work_dir=place) as session:
+        with pytest.raises(SessionError, match="work_dir") as caught:
+            session.path.exists()
+        assert repr(place) in str(caught.value)
+        task = ComputeTask(executable="true", retries=3)
+        other = ComputeTask(function=double, args=(1,))
+        await session.submit_tasks([task, other])
+        await session.wait_tasks([task, other], timeout=60)
+    assert (task.state, other.state) == ("FAILED", "DONE")
+    assert isinstance(task.exception, SessionError)
+    assert "work_dir" in str(task.exception)
 
 
 @pytest.mark.parametrize("uid", ["a/b", "..", 5, "a\0b"])

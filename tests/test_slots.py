@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from lines import Line, listen, tell
-from rhapsody.api import ComputeTask, ResourceError, Resources, Session
+from rhapsody.api import BackendError, ComputeTask, ResourceError, Resources, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 from rhapsody.runtime.slots import Grant, Slots
 
@@ -222,3 +223,54 @@ async def test_what_a_canceled_failed_or_refused_task_held_comes_back() -> None:
     assert [t.state for t in (asleep, waits)] == ["CANCELED"] * 2
     assert [t.state for t in (fails, raises, absent)] == ["FAILED"] * 3
     assert last.return_value == 7
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise ZeroDivisionError("it has no text")
+
+
+async def test_what_cannot_be_described_fails_alone_and_its_slot_comes_back(tmp_path: Path) -> None:
+    """At a submit, and behind another that runs, with resources and without."""
+    go = Line(tmp_path / "go")
+    backend = await ConcurrentExecutionBackend(slots=1)
+    async with Session([backend]) as session:
+        parent = ComputeTask(function=Unspeakable)
+        await session.submit_tasks([parent])
+        await parent
+
+        def batch() -> list[ComputeTask]:
+            bad = [
+                ComputeTask(executable="echo", arguments=[parent]),
+                ComputeTask(executable="echo", arguments=[parent], resources=Resources()),
+            ]
+            return [*bad, ComputeTask(executable="echo", arguments=["well"])]
+
+        first = batch()
+        await session.submit_tasks(first)
+        await session.wait_tasks(first, timeout=30)
+        blocks = ComputeTask(executable="head", arguments=["-c1", go.path])
+        await session.submit_tasks([blocks])
+        behind = [task for _ in range(4) for task in batch()]
+        await session.submit_tasks(behind)
+        go.say()
+        await session.wait_tasks([blocks, *behind], timeout=30)
+    go.close()
+    assert blocks.state == "DONE"
+    for bad, worse, good in zip(*[iter([*first, *behind])] * 3, strict=True):
+        assert isinstance(bad.exception, ZeroDivisionError)
+        assert isinstance(worse.exception, ZeroDivisionError)
+        assert (good.state, good.stdout) == ("DONE", "well\n")
+
+
+async def test_a_function_for_an_executor_that_was_shut_down_gives_back_what_it_held() -> None:
+    with ThreadPoolExecutor(1) as executor:
+        backend = await ConcurrentExecutionBackend(executor, slots=1)
+    async with Session([backend]) as session:
+        late = ComputeTask(function=int, resources=Resources())
+        well = ComputeTask(executable="true", resources=Resources())
+        await session.submit_tasks([late, well])
+        await session.wait_tasks([late, well], timeout=30)
+    assert isinstance(late.exception, BackendError)
+    assert late.exception.backend == "concurrent"
+    assert well.state == "DONE"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import numbers
 import pickle
 from collections.abc import Callable
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 from manual import ManualBackend
 from rhapsody.api import (
     AITask,
+    BackendError,
     BaseTask,
     ComputeTask,
     Resources,
@@ -103,6 +106,24 @@ def test_what_the_constructor_was_given_is_found_again() -> None:
     assert expected.keys() <= dict(task).keys()
 
 
+class Half:
+    """A number of somebody's package, which says so as numpy's do."""
+
+    def __str__(self) -> str:
+        return "0.5"
+
+
+numbers.Number.register(Half)
+
+
+async def test_any_number_is_an_argument() -> None:
+    task = ComputeTask(executable="/bin/echo", arguments=[1, 2.5, Decimal("1.5"), Half()])
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        await session.submit_tasks([task])
+        await task
+    assert task.stdout == "1 2.5 1.5 0.5\n"
+
+
 def test_a_path_is_an_executable_and_an_argument() -> None:
     task = ComputeTask(executable=Path("/bin/echo"), arguments=(Path("/tmp"), 1.5, b"x"))
     assert task.executable == "/bin/echo"
@@ -178,6 +199,7 @@ BAD = [
     ({"function": double, "capture_stdio": 1}, ["capture_stdio must be True or False", "1"]),
     ({"function": double, "input_files": "a"}, ["input_files must be a list", "'a'"]),
     ({"function": double, "output_files": "a"}, ["output_files must be a list", "'a'"]),
+    ({"function": double, "input_files": [1]}, ["input_files must be a list of names", "1"]),
     (
         {"function": double, "retry": 2},
         ["unknown argument 'retry'", "did you mean 'retries'", "timeout"],
@@ -215,6 +237,19 @@ def test_bad_input_is_refused_in_words_that_help(given: dict[str, Any], words: l
         ({"prompt": "x", "model": None}, "one of model=, inference_endpoint= and backend="),
         ({"prompt": "x", "temprature": 1}, "did you mean 'temperature'"),
         ({"prompt": "x", "ranks": 1}, "Resources(ranks="),
+        ({"prompt": ["x", 5]}, "prompt must be of texts or chat messages, found 5"),
+        ({"prompt": "x", "model": 5}, "model must be a text, not 5"),
+        ({"prompt": "x", "inference_endpoint": 5}, "inference_endpoint must be a text"),
+        ({"prompt": "x", "system_prompt": 5}, "system_prompt must be a text, not 5"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature must be a number of at least 0"),
+        ({"prompt": "x", "temperature": float("nan")}, "temperature must be a number"),
+        ({"prompt": "x", "temperature": True}, "temperature must be a number"),
+        ({"prompt": "x", "max_tokens": -5}, "max_tokens must be a whole number of at least 1"),
+        ({"prompt": "x", "max_tokens": 5.0}, "max_tokens must be a whole number"),
+        ({"prompt": "x", "top_p": 1.5}, "top_p must be a number from 0 to 1, not 1.5"),
+        ({"prompt": "x", "top_k": -2}, "top_k must be a whole number of at least -1"),
+        ({"prompt": "x", "stop_sequences": 5}, "stop_sequences must be a list of texts, not 5"),
+        ({"prompt": "x", "stop_sequences": ["a", 5]}, "must be a list of texts, found 5 in it"),
     ],
 )
 def test_a_bad_ai_task_is_refused(given: dict[str, Any], words: str) -> None:
@@ -318,6 +353,36 @@ def test_one_tasks_options_are_not_anothers() -> None:
     first.task_backend_specific_kwargs = {"cwd": "/"}
     assert second.arguments == []
     assert second.task_backend_specific_kwargs == {}
+
+
+async def test_what_an_author_puts_into_an_empty_field_is_that_tasks_only(tmp_path: Path) -> None:
+    loud, quiet = (ComputeTask(executable="/bin/pwd") for _ in range(2))
+    loud.arguments.append("-L")
+    loud["task_backend_specific_kwargs"]["cwd"] = str(tmp_path / "below")
+    (tmp_path / "below").mkdir()
+    named, plain = (ComputeTask(function=dict) for _ in range(2))
+    named.kwargs["boo"] = 1  # type: ignore[index]
+    asked = AITask(prompt="why?", model="m")
+    asked.task_backend_specific_kwargs["speed"] = 1
+    async with Session([ConcurrentExecutionBackend()]) as session:
+        tasks = [loud, quiet, named, plain]
+        await session.submit_tasks(tasks)
+        await session.wait_tasks(tasks)
+    assert (loud.stdout, quiet.stdout) == (f"{tmp_path}/below\n", f"{tmp_path}\n")
+    assert (named.return_value, plain.return_value) == ({"boo": 1}, {})
+    assert AITask(prompt="why?", model="m").task_backend_specific_kwargs == {}
+    assert (quiet.arguments, quiet.task_backend_specific_kwargs) == ([], {})
+    plain.kwargs["late"] = 1  # type: ignore[index]
+    quiet.get("arguments").append("late")
+    assert (ComputeTask(function=dict).kwargs, ComputeTask(executable="x").arguments) == ({}, [])
+
+
+def test_a_copys_fields_are_its_own() -> None:
+    task = ComputeTask(function=double, retries=1)
+    twin = copy.copy(task)
+    twin.retries, twin["note"] = 5, "mine"
+    assert task.retries == 1
+    assert "note" not in task
 
 
 def test_tasks_are_hashable_and_equal_only_to_themselves() -> None:
@@ -582,3 +647,71 @@ async def test_a_bad_dict_is_refused_and_the_others_run(given: Any, words: str) 
         assert words in str(caught.value)
         await session.wait_tasks([good])
     assert good.state == "DONE"
+
+
+class Unspeakable:
+    def __str__(self) -> str:
+        raise LookupError("no words")
+
+
+async def test_a_value_without_words_harms_nobody() -> None:
+    """Of a dict, the text of the result is written into it; those behind it are heard of too."""
+    silent: dict[str, Any] = {"function": Unspeakable}
+    others: list[Any] = [{"function": double, "args": (2,)}, ComputeTask(function=double)]
+    backend = ManualBackend()
+    async with Session([backend]) as session:
+        await session.submit_tasks([silent, *others])
+        given = await backend.handed(3)
+        value = Unspeakable()
+        backend.deliver_burst([(task, "DONE", {"return_value": value}) for task in given])
+        await session.wait_tasks([silent, *others], timeout=30)
+    assert {task["state"] for task in (silent, *others)} == {"DONE"}
+    assert silent["return_value"] is value
+    assert silent["stdout"] == "<Unspeakable whose str raises LookupError>"
+
+
+class Stone(dict):  # type: ignore[type-arg]
+    """A dict that takes nothing but a uid."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        if key != "uid":
+            raise PermissionError("written in stone")
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("state", ["DONE", "FAILED"])
+async def test_a_dict_that_takes_no_results_harms_nobody(
+    state: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    stone = Stone(function=double)
+    other, backend = ComputeTask(function=double), ManualBackend()
+    async with Session([backend]) as session:
+        (future, *_) = await session.submit_tasks([stone, other])
+        given = await backend.handed(2)
+        child = ComputeTask(function=double, after=[given[0]])
+        await session.submit_tasks([child])
+        error = {"exception": KeyError("x")} if state == "FAILED" else None
+        backend.deliver_burst([(task, state, error) for task in given])
+        await session.wait_tasks([stone, other], timeout=30)
+        await asyncio.wait([future], timeout=30)
+        assert future.done()
+        if state == "FAILED":
+            await session.wait_tasks([child], timeout=30)
+    assert other.state == state
+    assert "written in stone" in caplog.text
+
+
+async def test_a_report_that_says_nothing_sensible_fails_its_task_only() -> None:
+    tasks = [ComputeTask(function=double) for _ in range(3)]
+    backend = ManualBackend()
+    async with Session([backend]) as session:
+        await session.submit_tasks(tasks)
+        backend.deliver(tasks[0], "RUNNING")
+        nonsense: Any = 5
+        backend.deliver_burst([(tasks[0], "DONE", nonsense), (tasks[1], "DONE", {})])
+        backend.deliver(tasks[2], "DONE")
+        await session.wait_tasks(tasks, timeout=30)
+        counts = session.get_statistics()["counts"]
+    assert [task.state for task in tasks] == ["FAILED", "DONE", "DONE"]
+    assert isinstance(tasks[0].exception, BackendError)
+    assert counts == {"DONE": 2, "FAILED": 1}

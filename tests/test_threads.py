@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -95,6 +96,15 @@ async def test_what_a_function_raises_ends_it_only(error: BaseException) -> None
             await session.wait_tasks(tasks, timeout=PATIENCE)
     assert [task.state for task in tasks] == ["DONE", "FAILED", "DONE"]
     assert tasks[1].exception is error
+
+
+async def test_a_generator_is_a_result_like_any_other() -> None:
+    def numbers(count: int) -> Iterator[int]:
+        yield from range(count)
+
+    async with Session([await ConcurrentExecutionBackend()]) as session:
+        (found,) = await session.map(numbers, [3])
+    assert list(found) == [0, 1, 2]
 
 
 async def test_the_traceback_begins_at_the_function() -> None:

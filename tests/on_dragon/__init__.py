@@ -35,6 +35,8 @@ by a module fixture that uses the runtime. What a call raises is raised in the t
 
 Fixtures, all of module scope: ``sandbox``, ``two_nodes``, ``three_nodes``, and in them ``runtime``,
 ``runtime_on_two``, ``runtime_on_three``, which also assert that the runtime ends with code 0 and
-leaves nothing behind. A test that kills something makes a place of its own: 10 ms for a sandbox,
-50 ms for nodes.
+leaves nothing behind. Have one runtime at a time, so never two of them in a module: two cores are
+few. A test that kills something makes a place of its own, in 0.1 s at most, and
+``with Runtime(place, small.environment(), cwd=...) as runtime``; mark it ``multinode`` where that
+is `Nodes`, for no fixture says so then.
 """

@@ -23,7 +23,7 @@ def open_batch() -> None:
     from dragon.workflows.batch import Batch
 
     global _batch
-    _batch = Batch()
+    _batch = Batch(results_ddict_managers_per_pool=1)  # a process each
 
 
 def close_batch() -> None:

@@ -8,11 +8,15 @@ import socket
 import tempfile
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar, cast
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar, overload
 
 from . import head
 from .command import Result
 from .nodes import Nodes, Sandbox
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,22 +69,21 @@ class Runtime:
                 place.kill_all()
                 raise TimeoutError(f"no runtime came up: {self.command.wait()}") from None
 
+    @overload
     def call(
-        self,
-        function: Callable[P, Coroutine[Any, Any, T]] | Callable[P, T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
+        self, function: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **kwargs: P.kwargs
+    ) -> T: ...
+
+    @overload
+    def call(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T: ...
+
+    def call(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """As `call_within`, with a minute's time."""
         return self.call_within(60.0, function, *args, **kwargs)
 
     def call_within(
-        self,
-        timeout: float,
-        function: Callable[P, Coroutine[Any, Any, T]] | Callable[P, T],
-        *args: P.args,
-        **kwargs: P.kwargs,
-    ) -> T:
+        self, timeout: float, function: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Call a function, sync or async, in the runtime's program, and return what it returns.
 
         It and its arguments travel by cloudpickle: functions of test modules by name.
@@ -91,18 +94,19 @@ class Runtime:
             BaseException: what the function raised, with a `RemoteTraceback` as its cause.
         """
         self._connection.settimeout(timeout)
-        head.send(self._connection, (function, args, kwargs, timeout))
         try:
+            head.send(self._connection, (function, args, kwargs, timeout))
             ok, value, text = head.receive(self._connection)
-        except EOFError:
+        except (EOFError, BrokenPipeError):
+            self.close()
             raise HeadDied(str(self.command.wait())) from None
         except TimeoutError:
-            self.place.kill_all()
+            self.close()
             name = getattr(function, "__qualname__", repr(function))
             raise TimeoutError(f"{name}: {timeout:g} s, {self.command.wait()}") from None
         if not ok:
             raise value from RemoteTraceback(text)
-        return cast("T", value)
+        return value
 
     def stop(self, timeout: float = 60.0) -> Result:
         """Let the program come to its end, and return how the launcher ended.
@@ -114,3 +118,19 @@ class Runtime:
             head.send(self._connection, None)
         self._connection.close()
         return self.command.wait(timeout)
+
+    def close(self) -> None:
+        """Kill what still runs in the place."""
+        self._connection.close()
+        self.place.kill_all()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()

@@ -68,6 +68,7 @@ def test_a_command_that_overstays_is_killed_and_what_it_wrote_is_told() -> None:
         assert place.left(grace=0) == ["/dev/shm/rest"]
 
 
+@pytest.mark.multinode
 def test_a_place_ends_with_its_maker_even_if_that_is_killed(tmp_path: Path) -> None:
     """Its processes are gone, and no file stays, though nobody could clean up."""
     script = """if True:
@@ -121,6 +122,7 @@ def test_variables_and_exit_codes_go_by_ssh(two_nodes: Nodes) -> None:
     assert two_nodes.run(["ssh", "node3", "true"]).code == 255
 
 
+@pytest.mark.multinode
 def test_a_killed_node_is_gone_and_the_other_is_not() -> None:
     with Nodes(2, SHM) as nodes:
         command = nodes.start(["ssh", "node2", "echo up; exec sleep 1000"])
@@ -135,6 +137,7 @@ def test_a_killed_node_is_gone_and_the_other_is_not() -> None:
         assert nodes.left() == ["node1: /dev/shm/rest"]
 
 
+@pytest.mark.multinode
 def test_kill_all_reaches_every_node() -> None:
     with Nodes(2, SHM) as nodes:
         for host in nodes.hosts:

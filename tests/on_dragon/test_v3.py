@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from rhapsody.api.errors import (
     TaskValidationError,
     WorkerLostError,
 )
+from rhapsody.backends import DragonExecutionBackendV3
 
 from . import work
 from .runtime import Runtime
@@ -70,8 +73,8 @@ async def _errors() -> None:
     tasks = await work.run(
         ComputeTask(function=work.raise_odd),
         ComputeTask(function=work.unpicklable),
-        ComputeTask(function=__import__("sys").exit, args=(4,)),
-        ComputeTask(function=work.add, args=(__import__("sys")._getframe(), 1)),
+        ComputeTask(function=sys.exit, args=(4,)),
+        ComputeTask(function=work.add, args=(sys._getframe(), 1)),
         ComputeTask(function=work.add, args=(1, 1)),
     )
     odd, result, left, argument, fine = tasks
@@ -207,6 +210,7 @@ async def _much(lines: int) -> None:
             **options(process_templates=templates, pmi=None),
         )
     )
+    assert task.stdout is not None
     with open(task.stdout) as file:
         ranks = [line.rpartition(" ")[2] for line in file.read().splitlines()]
     assert ranks == ["0"] * lines + ["1"] * lines + ["2"] * lines
@@ -277,7 +281,7 @@ def test_unknown_hosts_and_executables_are_refused(dragon: Runtime) -> None:
 )
 def test_constructor_refuses(settings: dict[str, Any], words: str) -> None:
     with pytest.raises(BackendError, match=words):
-        work.DragonExecutionBackendV3(**settings)
+        DragonExecutionBackendV3(**settings)
 
 
 # ---------------------------------------------------------------------- cancel and time limits
@@ -286,7 +290,6 @@ def test_constructor_refuses(settings: dict[str, Any], words: str) -> None:
 async def _cancel_running() -> None:
     for fields in (
         {"function": work.spin, "args": (30.0,)},
-        {"function": work.later, "args": ("x",)} and {"function": work.spin, "args": (30.0,)},
         {"executable": "sleep", "arguments": ["30"]},
         {"executable": "/bin/sleep", "arguments": ["30"], **options(process_template={})},
         {"function": work.spin, "args": (30.0,), **options(isolated=True)},
@@ -361,7 +364,7 @@ def test_fence_and_topology(dragon: Runtime) -> None:
 
 
 async def _two_backends() -> None:
-    other = work.DragonExecutionBackendV3("other")
+    other = DragonExecutionBackendV3("other")
     work.session().add_backend(other)
     first = ComputeTask(function=work.add, args=(1, 1))
     second = ComputeTask(function=work.add, args=(first, 1), backend="other")
@@ -384,7 +387,7 @@ async def _close_while_running() -> list[str]:
     ]
     await work.session().submit_tasks(tasks)
     while tasks[0].state != "RUNNING":
-        await __import__("asyncio").sleep(0.05)
+        await asyncio.sleep(0.05)
     took = await work.close_session()
     assert took < 25
     await work.open_session()

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from rhapsody.backends.base import BaseExecutionBackend, Event
@@ -23,7 +24,9 @@ from rhapsody.runtime.errors import (
     TaskTimeoutError,
     TaskValidationError,
 )
+from rhapsody.runtime.words import said
 
+from .doors import Doors
 from .graph import bind, parents_first, parents_of
 from .refusal import orphan
 from .task import TERMINAL, BaseTask
@@ -67,11 +70,12 @@ class Flow:
     """
 
     def __init__(self, owner: str, folder: Callable[[], str]) -> None:
-        self._owner = owner
-        self._folder = folder
+        self.owner = owner
+        self.folder = folder
         self.backends: dict[str, BaseExecutionBackend] = {}
         self.tasks: dict[str, BaseTask] = {}
         self.closing = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # of the first submit
         self.admitted = 0
         self.dropped_events = 0
         self._records: dict[str, _Record] = {}
@@ -79,50 +83,42 @@ class Flow:
         self._background: set[asyncio.Task[Any]] = set()
         self._counts: dict[str, Counter[str]] = {}
         self._times = [0.0, 0.0, 0.0]  # seconds, summed: total, queue, execution
+        self.doors = Doors(self)
 
     def add(self, backend: BaseExecutionBackend) -> None:
         """Take a backend in, and listen to it."""
-        backend.attach(self._owner, self.settle, self._folder)
+        backend.attach(self.owner, self.settle, self.folder)
         self.backends[backend.name] = backend
         # Every key from the start: other threads read it, and it must not grow under them.
         self._counts[backend.name] = Counter(dict.fromkeys(("RUNNING", *TERMINAL), 0))
+
+    def enter(self) -> None:
+        """Make the running loop the session's, or see that it is.
+
+        Raises:
+            SessionError: it is another one, in which nobody would hear of the tasks.
+        """
+        loop = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = loop
+        elif self._loop is not loop:
+            raise SessionError(
+                f"session '{self.owner}' was used in another event loop; make a new session, with"
+                " new backends, in each asyncio.run()"
+            )
 
     def record(self, task: BaseTask) -> _Record:
         """Return a task's record, made when it is first needed."""
         return self._records.setdefault(task.uid, _Record())
 
-    async def hand_over(self, groups: dict[str, list[BaseTask]]) -> None:
-        """Give each backend its tasks; where it takes none of them, they FAILED for its reason."""
-        left = deque((self.backends[name], group) for name, group in groups.items() if group)
-        try:
-            while left:
-                await self._hand_to(*left[0])
-                left.popleft()
-        finally:  # where the wait for a backend was canceled, some are left
-            self.settle([(t, "CANCELED", None) for _, group in left for t in group if not t.done()])
-
-    async def _hand_to(self, backend: BaseExecutionBackend, group: list[BaseTask]) -> None:
-        try:
-            if backend.state() != "RUNNING":
-                await backend
-                group = [task for task in group if not task.done()]  # canceled meanwhile
-            # Another session may have had it in between.
-            backend.attach(self._owner, self.settle, self._folder)
-            await backend.submit_tasks(group)
-        except Exception as error:
-            cause = error
-            if not isinstance(error, RhapsodyError):
-                cause = BackendError(
-                    f"backend '{backend.name}' failed: {error!r}", backend=backend.name
-                )
-                cause.__cause__ = error
-            self.settle(
-                [(task, "FAILED", {"exception": cause}) for task in group if not task.done()]
-            )
-
     # ------------------------------------------------------------------ dependencies
 
-    async def relate(self, tasks: list[BaseTask], refused: dict[str, RhapsodyError]) -> None:
+    async def relate(
+        self,
+        tasks: list[BaseTask],
+        refused: dict[str, RhapsodyError],
+        under_way: list[asyncio.Task[None]],
+    ) -> None:
         """Let children wait for their parents; refuse those in a cycle or without a parent here."""
         order, cycles = parents_first(tasks)
         bad: dict[str, RhapsodyError] = {
@@ -140,7 +136,7 @@ class Flow:
             elif not task.done():  # the session may have been closed meanwhile
                 self._place(task, parents, groups)
             if not place % CHUNK:
-                await self.hand_over(groups)
+                await self.doors.hand_over(groups, under_way)
                 groups = {}
                 await asyncio.sleep(0)
         for uid in bad:
@@ -149,7 +145,7 @@ class Flow:
             self._records.pop(uid, None)
         self.admitted -= len(bad)
         refused.update(bad)
-        await self.hand_over(groups)
+        await self.doors.hand_over(groups, under_way)
 
     def _place(
         self, task: BaseTask, parents: list[BaseTask], groups: dict[str, list[BaseTask]]
@@ -165,7 +161,7 @@ class Flow:
             self.record(task).waiting = {parent.uid for parent in waiting}
             for parent in waiting:
                 self.record(parent).children.append(task)
-        elif self._inherit(task, parents):
+        elif self._inherit(task):
             task.state = "SUBMITTED"
             groups.setdefault(task.backend, []).append(task)
 
@@ -178,26 +174,35 @@ class Flow:
             and (record is None or not record.retries)
         )
 
-    def _inherit(self, task: BaseTask, parents: list[BaseTask]) -> bool:
+    def _inherit(self, task: BaseTask) -> bool:
         """Take the parents' results in, or fail for the first of them that did not end DONE."""
-        for parent in parents:
-            if parent.done() and parent.state != "DONE":
-                error = DependencyError(task.uid, parent.uid, parent.exception)
-                self.settle([(task, "FAILED", {"exception": error})])
-                return False
-        bind(task)
-        return True
+        error: RhapsodyError | None = None
+        try:
+            for parent in parents_of(task):
+                if parent.done() and parent.state != "DONE":
+                    error = DependencyError(task.uid, parent.uid, parent.exception)
+                    break
+            else:
+                bind(task)
+        except Exception as why:  # an author's containers; what else waits must not wait for ever
+            error = TaskValidationError(
+                f"task '{task.uid}': its parents' results cannot take their places: {said(why)}"
+            )
+            error.__cause__ = why
+        if error is not None:
+            self.settle([(task, "FAILED", {"exception": error})])
+        return error is None
 
     def _release(self, task: BaseTask) -> None:
         """All parents have ended: hand the task over."""
-        if not task.done() and self._inherit(task, parents_of(task)):
+        if not task.done() and self._inherit(task):
             self._send(task)
 
     def _send(self, task: BaseTask) -> None:
         """Hand a task over in the background, together with others that are ready by then."""
         self._ready.append(task)
         if len(self._ready) == 1:
-            self._spawn(self._send_ready())
+            self.spawn(self._send_ready())
 
     async def _send_ready(self) -> None:
         ready, self._ready = self._ready, []
@@ -206,12 +211,14 @@ class Flow:
             if not task.done():
                 task.state = "SUBMITTED" if task.state == "WAITING" else task.state
                 groups.setdefault(task.backend or "", []).append(task)
-        await self.hand_over(groups)
+        await self.doors.hand_over(groups, [])
 
-    def _spawn(self, work: Any) -> None:
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Do something in the background; `close` waits for it."""
         task = asyncio.get_running_loop().create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+        return task
 
     # ------------------------------------------------------------------ settle
 
@@ -219,81 +226,116 @@ class Flow:
         """Take events in: state, result fields, future, dependents - in that order."""
         now = time.monotonic()
         records = self._records
-        total, queue, execution = self._times
         plain, waited = 0, 0.0
         for task, state, fields in burst:
-            old = task.state
-            if (
-                state == "DONE"
-                and fields is None
-                and old == "SUBMITTED"
-                and task._options is None
-                and not (records and task.uid in records)
-            ):
-                # A burst of short tasks without results, and without the cases below.
-                task.state = "DONE"
-                plain += 1
-                waited += now - task._submitted
-                future = task._future
-                if not future.done():
-                    future.set_result(task)
-                continue
-            if state not in TERMINAL:
-                if state == "RUNNING" and old == "SUBMITTED":
-                    task.state = state
-                    task._started = now
-                    self._count(task, state, 1)
-                    self._arm(task)
-                elif state == "RUNNING" and task.uid in records and old == "RUNNING":
-                    self._arm(task)  # a retry
+            try:
+                if (
+                    state == "DONE"
+                    and fields is None
+                    and task.state == "SUBMITTED"
+                    and task._options is None
+                    and not (records and task.uid in records)
+                ):
+                    # A burst of short tasks without results, and without the cases of the others.
+                    task.state = "DONE"
+                    plain += 1
+                    waited += now - task._submitted
+                    future = task._future
+                    if not future.done():
+                        future.set_result(task)
+                elif state in TERMINAL:
+                    self._end(task, state, fields, now)
                 else:
-                    self.dropped_events += 1
-                continue
-            if old in TERMINAL:
-                self.dropped_events += 1
-                continue
-            if state == "FAILED" and (fields is None or fields.get("exception") is None):
-                error = BackendError(
-                    f"backend '{task.backend}' says that the task failed, and not why",
-                    backend=task.backend,
-                )
-                fields = {**(fields or {}), "exception": error}
-            record = records.get(task.uid) if records else None
-            if record is not None:
-                verdict = self._judge(task, record, state, fields)
-                if verdict is None:
-                    continue
-                state, fields = verdict
-            if old == "RUNNING":
-                self._count(task, old, -1)
-            started = ended = None
-            if fields is not None:
-                for name, value in fields.items():
-                    if name == "started":
-                        started = value
-                    elif name == "ended":
-                        ended = value
-                    elif value is not None:
-                        task[name] = value
-            task.state = state
-            if started is None:
-                started = task._started if old == "RUNNING" else now
-            total += now - task._submitted
-            queue += started - task._submitted
-            execution += (ended or now) - started
-            self._count(task, state, 1)
-            if state == "DONE" and task._options is None:
-                future = task._future
-                if not future.done():
-                    future.set_result(task)
-            else:
-                self._tell(task)
-            task._bound = None
-            if record is not None:
-                self._close_record(task, record)
+                    self._begin(task, state, now)
+            except Exception as error:  # of an author's dict, or a third party's report
+                self._rescue(task, error)
         if plain:  # a burst with such is one backend's
             self._count(burst[0][0], "DONE", plain)
-        self._times = [total + waited, queue + waited, execution]
+            self._times[0] += waited
+            self._times[1] += waited
+
+    def _begin(self, task: BaseTask, state: str, now: float) -> None:
+        """Take in that a task runs."""
+        if state == "RUNNING" and task.state == "SUBMITTED":
+            task.state = state
+            task._started = now
+            self._count(task, state, 1)
+            self._arm(task)
+        elif state == "RUNNING" and task.uid in self._records and task.state == "RUNNING":
+            self._arm(task)  # a retry
+        else:
+            self.dropped_events += 1
+
+    def _end(
+        self, task: BaseTask, state: str, fields: Mapping[str, Any] | None, now: float
+    ) -> None:
+        """Take in how a task ended."""
+        old = task.state
+        if old in TERMINAL:
+            self.dropped_events += 1
+            return
+        if state == "FAILED" and (fields is None or fields.get("exception") is None):
+            error = BackendError(
+                f"backend '{task.backend}' says that the task failed, and not why",
+                backend=task.backend,
+            )
+            fields = {**(fields or {}), "exception": error}
+        record = self._records.get(task.uid) if self._records else None
+        if record is not None:
+            verdict = self._judge(task, record, state, fields)
+            if verdict is None:
+                return
+            state, fields = verdict
+        started = ended = None
+        if fields is not None:
+            for name, value in fields.items():
+                if name == "started":
+                    started = value
+                elif name == "ended":
+                    ended = value
+                elif value is not None:
+                    task[name] = value
+        if started is None:
+            started = task._started if old == "RUNNING" else now
+        times = self._times
+        times[0] += now - task._submitted
+        times[1] += started - task._submitted
+        times[2] += (ended or now) - started
+        self._close_task(task, state)
+        if record is not None:
+            self._close_record(task, record)
+
+    def _close_task(self, task: BaseTask, state: str) -> None:
+        """Let a task be what it has come to, and tell who waits for it."""
+        counts = self._counts[task.backend or ""]
+        if task.state == "RUNNING":
+            counts["RUNNING"] -= 1
+        task.state = state
+        counts[state] += 1
+        task._bound = None
+        if state == "DONE" and task._options is None:
+            future = task._future
+            assert future is not None
+            if not future.done():
+                future.set_result(task)
+        else:
+            self._tell(task)
+
+    def _rescue(self, task: BaseTask, why: Exception) -> None:
+        """End a task whose report could not be taken in: those behind it must be heard of too."""
+        logger.error("task '%s' could not be settled as reported", task.uid, exc_info=why)
+        if not task.done():
+            task.exception = BackendError(
+                f"the report of backend '{task.backend}' on task '{task.uid}' cannot be taken in:"
+                f" {said(why)}",
+                backend=task.backend,
+            )
+            task.exception.__cause__ = why
+            with suppress(Exception):  # it is an author's dict that takes nothing, and logged above
+                self._close_task(task, "FAILED")
+        task._settle_future()
+        if (record := self._records.get(task.uid)) is not None:
+            self._close_record(task, record)
 
     def _count(self, task: BaseTask, state: str, by: int) -> None:
         self._counts[task.backend or ""][state] += by
@@ -355,7 +397,7 @@ class Flow:
 
     def _expire(self, task: BaseTask, record: _Record, timeout: float) -> None:
         record.expired = True
-        self._spawn(self._stop_expired(task, record, timeout))
+        self.spawn(self._stop_expired(task, record, timeout))
 
     async def _stop_expired(self, task: BaseTask, record: _Record, timeout: float) -> None:
         backend = self.backends[task.backend or ""]
@@ -380,8 +422,7 @@ class Flow:
         record = self.record(task)
         record.canceled = True
         backend = self.backends[task.backend or ""]
-        if backend.state() == "INITIALIZED" or any(task is ready for ready in self._ready):
-            # Its backend has not been given it, or not again.
+        if not backend.holds(task):  # not yet, or not again
             self.settle([(task, "CANCELED", None)])
             return True
         try:
@@ -415,12 +456,12 @@ class Flow:
         self.closing = True
         left = [task for task in self.tasks.values() if not task.done()]
         if left:
-            logger.warning("session '%s' closes with %d tasks not ended", self._owner, len(left))
+            logger.warning("session '%s' closes with %d tasks not ended", self.owner, len(left))
         self.settle([(task, "CANCELED", None) for task in left if task.state == "WAITING"])
         results = await asyncio.gather(
             *(backend.shutdown() for backend in self.backends.values()), return_exceptions=True
         )
-        if self._background:
+        while self._background:  # some send others
             await asyncio.wait(self._background)
         self.settle([(task, "CANCELED", None) for task in left if not task.done()])
         for name, result in zip(self.backends, results, strict=True):

@@ -7,11 +7,18 @@ from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from rhapsody.runtime.errors import TaskValidationError
+
+from .places import OPEN, swap
 from .task import BaseTask, ComputeTask
 
-__all__ = ["bind", "hold_no_tasks", "parents_first", "parents_of"]
+__all__ = ["bind", "find_parents", "hold_no_tasks", "parents_first", "parents_of"]
 
 _ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
+
+# Of these only the open ones: results need not hash, and two of them may be equal, so that a set of
+# them may be none, or smaller; and how a class of its own is made, is not known.
+_CONTAINERS = (*OPEN, set, frozenset)
 
 
 def hold_no_tasks(values: Iterable[Any]) -> bool:
@@ -22,18 +29,51 @@ def hold_no_tasks(values: Iterable[Any]) -> bool:
 def parents_of(task: BaseTask) -> list[BaseTask]:
     """Return the tasks that must end before this one: `after`, and those among its arguments.
 
-    Arguments are searched at the top, and one level into lists, tuples, sets and dicts.
+    Arguments are searched at the top, and one level into lists, tuples and dicts.
+
+    Raises:
+        TaskValidationError: a task stands where no result can take its place.
     """
     parents = list(task.after)
     if isinstance(task, ComputeTask):
-        for value in (*task.args, *task.kwargs.values(), *task.arguments):
+        for value in (*task.args, *task._kwargs.values(), *task.get("arguments")):
             if isinstance(value, BaseTask):
                 parents.append(value)
-            elif type(value) in (list, tuple, set):
-                parents.extend(inner for inner in value if isinstance(inner, BaseTask))
-            elif type(value) is dict:
-                parents.extend(inner for inner in value.values() if isinstance(inner, BaseTask))
+            elif isinstance(value, _CONTAINERS):
+                inside = value.values() if isinstance(value, dict) else value
+                found = [inner for inner in inside if isinstance(inner, BaseTask)]
+                if found and type(value) not in OPEN:
+                    raise TaskValidationError(
+                        f"task '{task.uid}': task '{found[0].uid}' is in a {type(value).__name__},"
+                        " where its result cannot take its place; use a list, tuple or dict"
+                    )
+                parents += found
     return parents
+
+
+def find_parents(task: BaseTask, known: Mapping[str, BaseTask]) -> None:
+    """Put the tasks of plain dicts in the places of the dicts in `after`.
+
+    Raises:
+        TaskValidationError: a dict was not submitted.
+    """
+    given: tuple[Any, ...] = task.after
+    if all(isinstance(parent, BaseTask) for parent in given):
+        return
+    parents = []
+    for parent in given:
+        found = parent
+        if not isinstance(parent, BaseTask):
+            uid = parent.get("uid")
+            found = known.get(uid) if isinstance(uid, str) else None
+            if found is None or found._face() is not parent:
+                raise TaskValidationError(
+                    f"task '{task.uid}': a dict in after= must have been submitted, and"
+                    f" {'the one given was' if uid is None else f'{uid!r} was'} not; submit it"
+                    " before its child"
+                )
+        parents.append(found)
+    task.after = tuple(parents)
 
 
 def bind(task: BaseTask) -> None:
@@ -43,20 +83,10 @@ def bind(task: BaseTask) -> None:
     """
     if isinstance(task, ComputeTask):
         task._bound = {
-            "args": tuple(_resolve(value) for value in task.args),
-            "kwargs": {name: _resolve(value) for name, value in task.kwargs.items()},
-            "arguments": [_resolve(value) for value in task.arguments],
+            "args": tuple(swap(value, _result) for value in task.args),
+            "kwargs": {name: swap(value, _result) for name, value in task._kwargs.items()},
+            "arguments": [swap(value, _result) for value in task.get("arguments")],
         }
-
-
-def _resolve(value: Any) -> Any:
-    if isinstance(value, BaseTask):
-        return _result(value)
-    if type(value) in (list, tuple, set):
-        return type(value)(_result(inner) for inner in value)
-    if type(value) is dict:
-        return {name: _result(inner) for name, inner in value.items()}
-    return value
 
 
 def _result(value: Any) -> Any:

@@ -6,6 +6,7 @@ It takes tasks in and finds their backends; their way from there to their end is
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import os
 import time
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from rhapsody.backends.base import BaseExecutionBackend
 from rhapsody.runtime.errors import RhapsodyError, SessionError, TaskValidationError
+from rhapsody.runtime.words import said
 
 from .flow import CHUNK, Flow, timeout_of
-from .graph import hold_no_tasks, parents_of
+from .graph import find_parents, hold_no_tasks, parents_of
 from .refusal import name_of, refusal, route, why_twice
 from .task import TERMINAL, BaseTask, ComputeTask, as_task
 
@@ -30,6 +32,9 @@ __all__ = ["Session", "observers"]
 
 #: Called with each new session; the command line follows the sessions of a script by it.
 observers: list[Callable[[Session], None]] = []
+
+#: of a session, or one of them
+Tasks = Iterable[BaseTask | dict[str, Any]] | BaseTask | dict[str, Any]
 
 _session_numbers = itertools.count()
 
@@ -45,8 +50,9 @@ class Session:
             current folder, where none is given.
 
     Raises:
-        SessionError: two backends have one name, something is not a backend, or the uid cannot
-            name a folder.
+        SessionError: two backends have one name, something is not a backend, the uid cannot
+            name a folder, or the work_dir is no path.
+        BackendError: a backend still runs tasks of another session.
     """
 
     def __init__(
@@ -55,6 +61,9 @@ class Session:
         uid: str | None = None,
         work_dir: str | os.PathLike[str] | None = None,
     ) -> None:
+        path: Any = work_dir  # as authors write it
+        if path is not None and not isinstance(path, (str, os.PathLike)):
+            raise SessionError(f"work_dir must be the path of a folder, not {path!r}")
         self.uid = f"session.{next(_session_numbers):04d}" if uid is None else _check_uid(uid)
         self.work_dir = Path(work_dir or os.environ.get("RHAPSODY_WORK_DIR") or Path.cwd())
         self._path: Path | None = None
@@ -77,6 +86,7 @@ class Session:
 
         Raises:
             SessionError: it is no backend, its name is taken, or the session is closed.
+            BackendError: it still runs tasks of another session.
         """
         if self._closing is not None:
             raise SessionError(f"session '{self.uid}' is closed")
@@ -109,18 +119,29 @@ class Session:
         """The session's own folder, below `work_dir`; made when it is first asked for.
 
         It is named by the uid, with a number behind it where an earlier run has left one.
+
+        Raises:
+            SessionError: `work_dir` cannot be made, or nothing can be made in it.
         """
         if self._path is None:
-            for number in itertools.count():
-                path = self.work_dir / (f"{self.uid}.{number}" if number else self.uid)
-                try:
-                    path.mkdir(parents=True)
-                except FileExistsError:
-                    continue
-                self._path = path.absolute()
-                break
-        assert self._path is not None
+            try:
+                self._path = self._make_path().absolute()
+            except (OSError, ValueError) as error:  # the latter of a NUL
+                raise SessionError(
+                    f"session '{self.uid}' cannot make its folder in work_dir"
+                    f" {str(self.work_dir)!r}: {error}"
+                ) from error
         return self._path
+
+    def _make_path(self) -> Path:
+        # Apart from the loop: only there does FileExistsError say that the next number may do.
+        self.work_dir.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count():
+            path = self.work_dir / (f"{self.uid}.{number}" if number else self.uid)
+            with contextlib.suppress(FileExistsError):
+                path.mkdir()
+                return path
+        raise AssertionError("numbers do not end")
 
     # ------------------------------------------------------------------ submit
 
@@ -136,7 +157,8 @@ class Session:
             TaskValidationError: some tasks were refused, which its `errors` names; the others
                 were submitted, and run.
             ResourceError: the same, where they were all refused for want of resources.
-            SessionError: the session is closed, has no backend, or `tasks` is not a list of tasks.
+            SessionError: the session is closed, has no backend, belongs to another event loop (that
+                of its first submit), or `tasks` is not a list of tasks.
 
         Where it is interrupted (canceled, or by an error of `tasks` itself), tasks that were not
         handed over by then are CANCELED or still NEW; the others run.
@@ -147,23 +169,28 @@ class Session:
             raise SessionError(f"session '{self.uid}' has no backend; give it backends=[...]")
         if isinstance(tasks, (BaseTask, Mapping, str)) or not isinstance(tasks, Iterable):
             raise SessionError(f"submit_tasks takes a list of tasks, not {type(tasks).__name__}")
+        self._flow.enter()
         futures: list[asyncio.Future[Any]] = []
         refused: dict[str, RhapsodyError] = {}
         related: list[BaseTask] = []
+        under_way: list[asyncio.Task[None]] = []
         pending = iter(tasks)
         seen = 0
         try:
             while chunk := list(itertools.islice(pending, CHUNK)):
                 groups = self._admit(chunk, futures, related, refused, seen)
                 seen += len(chunk)
-                await self._flow.hand_over(groups)
+                await self._flow.doors.hand_over(groups, under_way)
                 await asyncio.sleep(0)  # a submit of any size leaves the loop to others in between
                 if self._closing is not None:
                     raise SessionError(f"session '{self.uid}' was closed during a submit")
             if related:
-                await self._flow.relate(related, refused)
+                await self._flow.relate(related, refused, under_way)
+            if under_way:
+                await asyncio.wait(under_way)
         except BaseException:
             self._flow.settle([(task, "CANCELED", None) for task in related if task.state == "NEW"])
+            await self._flow.doors.take_back(under_way)
             raise
         if refused:
             raise refusal(refused)
@@ -198,7 +225,7 @@ class Session:
                 and task.state == "NEW"
                 and functions
                 and (not task.args or hold_no_tasks(task.args))
-                and (not task.kwargs or hold_no_tasks(task.kwargs.values()))
+                and (not task._kwargs or hold_no_tasks(task._kwargs.values()))
                 and known.setdefault(task.uid, task) is task
             ):
                 task.backend = default.name
@@ -209,6 +236,11 @@ class Session:
                     task = self._examine(task, groups, related)
                 except RhapsodyError as error:
                     refused[name_of(task, number)] = error
+                    continue
+                except Exception as error:  # a backend's own check, which may be anyone's
+                    name = name_of(task, number)
+                    refused[name] = TaskValidationError(f"task '{name}' is refused: {said(error)}")
+                    refused[name].__cause__ = error
                     continue
                 known[task.uid] = task
             task._submitted = now
@@ -228,6 +260,8 @@ class Session:
         task = as_task(given)
         if task.uid in self._tasks or task.state != "NEW":
             raise TaskValidationError(why_twice(task, self._tasks))
+        if task._options is not None:
+            find_parents(task, self._tasks)
         backend = route(task, self._backends)
         if parents_of(task):
             related.append(task)
@@ -248,7 +282,10 @@ class Session:
         Raises:
             SessionError: the task is not in this session.
         """
-        return await self._flow.cancel(self._find(task))
+        found = self._find(task)
+        if not found.done():
+            self._flow.enter()
+        return await self._flow.cancel(found)
 
     def _find(self, task: Any) -> BaseTask:
         uid = task.get("uid") if isinstance(task, (BaseTask, dict)) else None
@@ -259,16 +296,17 @@ class Session:
             )
         return found
 
-    async def wait_tasks(
-        self, tasks: Iterable[BaseTask | dict[str, Any]], timeout: float | None = None
-    ) -> list[Any]:
+    async def wait_tasks(self, tasks: Tasks, timeout: float | None = None) -> list[Any]:
         """Wait until every task has ended, however it ended; returns the tasks.
 
         Raises:
             asyncio.TimeoutError: `timeout` seconds are over; the tasks run on.
-            SessionError: a task is not in this session.
+            SessionError: a task is not in this session, or `timeout` is no number.
         """
-        given = [tasks] if isinstance(tasks, (BaseTask, dict)) else list(tasks)
+        given = _listed(tasks)
+        limit: Any = timeout  # as authors write it
+        if limit is not None and (not isinstance(limit, (int, float)) or limit != limit):
+            raise SessionError(f"timeout must be seconds, not {limit!r}")
         if timeout is None:
             await self._wait(given)
         else:
@@ -282,19 +320,20 @@ class Session:
                 continue
             task = self._find(given)
             while task.state not in TERMINAL:
+                self._flow.enter()
                 await asyncio.wait((task._waitable(),))
 
-    async def as_completed(
-        self, tasks: Iterable[BaseTask | dict[str, Any]]
-    ) -> AsyncIterator[BaseTask]:
+    async def as_completed(self, tasks: Tasks) -> AsyncIterator[BaseTask]:
         """Yield tasks as they end, however they end.
 
         Raises:
             SessionError: a task is not in this session.
         """
-        found = [self._find(task) for task in tasks]
+        found = [self._find(task) for task in _listed(tasks)]
         ended: deque[BaseTask] = deque()
         bell = asyncio.Event()
+        if not all(task.done() for task in found):
+            self._flow.enter()
 
         def note(task: BaseTask, _: Any = None) -> None:
             if task.done():
@@ -321,7 +360,13 @@ class Session:
         Raises:
             Exception: what the first failed call raised, in the order of the items.
             TaskValidationError: as `ComputeTask` and `submit_tasks`.
+            SessionError: `iterable` is none, or `task_fields` say what is run, which `map` does.
         """
+        items: Any = iterable  # as authors write it
+        if not isinstance(items, Iterable):
+            raise SessionError(f"map takes a list of items, not {items!r}")
+        if own := {"args", "executable"} & task_fields.keys():
+            raise SessionError(f"map says itself what a task runs; {min(own)}= is not accepted")
         tasks = [ComputeTask(function=function, args=(i,), **task_fields) for i in iterable]
         await self.submit_tasks(tasks)
         await self.wait_tasks(tasks)
@@ -330,7 +375,7 @@ class Session:
                 await task
         return [task.return_value for task in tasks]
 
-    def forget(self, tasks: Iterable[BaseTask | dict[str, Any]]) -> None:
+    def forget(self, tasks: Tasks) -> None:
         """Let go of settled tasks, so that a long-lived session does not grow.
 
         Their counts stay in the statistics, and their uids may be used again.
@@ -338,7 +383,7 @@ class Session:
         Raises:
             SessionError: a task has not ended, or is not in this session; then none is forgotten.
         """
-        found = [self._find(task) for task in tasks]
+        found = [self._find(task) for task in _listed(tasks)]
         for task in found:
             if not task.done():
                 raise SessionError(f"task '{task.uid}' is {task.state}: it cannot be forgotten yet")
@@ -376,3 +421,12 @@ def _check_uid(uid: Any) -> str:
     if not isinstance(uid, str) or uid in ("", ".", "..") or "/" in uid or "\0" in uid:
         raise SessionError(f"uid must be a text that can name a folder, not {uid!r}")
     return uid
+
+
+def _listed(tasks: Any) -> list[Any]:
+    """The tasks of a list, or the one that was given in place of a list."""
+    if isinstance(tasks, (BaseTask, dict)):
+        return [tasks]
+    if isinstance(tasks, str) or not isinstance(tasks, Iterable):
+        raise SessionError(f"a task or a list of tasks is needed, not {tasks!r}")
+    return list(tasks)

@@ -9,15 +9,20 @@ costs a microsecond and a quarter of a kilobyte.
 from __future__ import annotations
 
 import asyncio
+import copy
 import difflib
 import itertools
 import os
 import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
 
 from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.words import said, text_of
+
+from .checks import ARGUMENT, CHECKS, check_inputs, check_prompt, check_uid
+from .places import inside, swap
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["TERMINAL", "AITask", "BaseTask", "ComputeTask", "as_task"]
 
 T = TypeVar("T")
+SomeTask = TypeVar("SomeTask", bound="BaseTask")
 
 _spare_uids: list[str] = []
 _uid_blocks = itertools.count()
@@ -47,6 +53,7 @@ class _Option(Generic[T]):
 
     def __init__(self, default: T) -> None:
         self.default = default
+        self.grows = isinstance(default, (list, dict))  # the author may put something into it
 
     def __set_name__(self, owner: type, name: str) -> None:
         self.name = name
@@ -59,7 +66,14 @@ class _Option(Generic[T]):
         if task is None:
             return self
         options = task._options
-        return self.default if options is None else options.get(self.name, self.default)
+        if options is not None and self.name in options:
+            return cast("T", options[self.name])
+        if not self.grows:
+            return self.default
+        empty = copy.copy(self.default)
+        if task.state == "NEW":  # later nobody would look into it, and other threads read the task
+            self.__set__(task, empty)
+        return empty
 
     def __set__(self, task: BaseTask, value: T) -> None:
         if task._options is None:
@@ -79,7 +93,7 @@ class BaseTask(MutableMapping[str, Any]):
         resources: what the task needs.
         retries: how many more times to run it after a failure.
         timeout: seconds that it may run.
-        after: tasks that must be DONE before it starts.
+        after: tasks that must be DONE before it starts; a plain dict there was submitted before.
         task_backend_specific_kwargs: options that only this backend knows.
 
     Raises:
@@ -163,7 +177,7 @@ class BaseTask(MutableMapping[str, Any]):
         """
         text: str | None = self._result("stdout")
         if text is None and self.state == "DONE" and self.kind == "function":
-            return str(self.return_value)
+            return text_of(self.return_value)
         return text
 
     @stdout.setter
@@ -259,7 +273,7 @@ class BaseTask(MutableMapping[str, Any]):
             future.cancel()
         elif isinstance(self.exception, (StopIteration, asyncio.CancelledError)):
             # A future cannot carry these: the first is refused, the second means something else.
-            wrapper = RuntimeError(f"task '{self.uid}' raised {self.exception!r}")
+            wrapper = RuntimeError(f"task '{self.uid}' raised {said(self.exception)}")
             wrapper.__cause__ = self.exception
             future.set_exception(wrapper)
             future.exception()
@@ -287,7 +301,12 @@ class BaseTask(MutableMapping[str, Any]):
         raise KeyError(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        """Return a field, or the default where there is no such field."""
+        """Return a field, or the default where there is no such field.
+
+        Where nothing is in a field, an empty list or dict that is got so is not the task's own.
+        """
+        if key in _GROWING and (self._options is None or key not in self._options):
+            return _GROWING[key]()
         return getattr(self, key) if key in self._field_set else super().get(key, default)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -330,12 +349,34 @@ class BaseTask(MutableMapping[str, Any]):
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.uid} {self.state}>"
 
+    def __copy__(self) -> Self:
+        return _restore(type(self), self._state())
+
     def __reduce__(self) -> tuple[Any, ...]:
-        names = ("uid", "backend", "state", "return_value", "exception", "_options", "_results")
-        state = {name: getattr(self, name) for name in (*names, *self._own)}
+        state = self._state()
         if self._result("_trace") is not None:  # a traceback does not pickle, its text does
             state["_results"] = {**(self._results or {}), "stderr": self.stderr, "_trace": None}
+        for fields in (state, state["_options"] or {}):
+            for name in _ABOUT_PARENTS & fields.keys():
+                fields[name] = _flatten(fields[name])
         return _restore, (type(self), state)
+
+    def _state(self) -> dict[str, Any]:
+        names = ("uid", "backend", "state", "return_value", "exception", "_options", "_results")
+        state = {name: getattr(self, name) for name in (*names, *self._own)}
+        if self._options is not None:
+            state["_options"] = {n: v for n, v in self._options.items() if n != "_dict"}
+        return state
+
+    def _reference(self) -> Self:
+        """Who a parent is, how it ended and with what, without its own parents."""
+        twin = copy.copy(self)
+        for name in _ABOUT_PARENTS:
+            if twin._options is not None:
+                twin._options.pop(name, None)
+        if isinstance(twin, ComputeTask):
+            twin.args, twin._kwargs = (), _NO_KWARGS
+        return twin
 
     # ------------------------------------------------------------------ construction
 
@@ -343,7 +384,7 @@ class BaseTask(MutableMapping[str, Any]):
 
     def _begin(self, uid: str | None, backend: str | None) -> None:
         try:
-            self.uid = _spare_uids.pop() if uid is None else _check_uid(uid)
+            self.uid = _spare_uids.pop() if uid is None else check_uid(uid)
         except IndexError:
             self.uid = _make_uids()
         self.backend = backend
@@ -374,8 +415,9 @@ class ComputeTask(BaseTask):
         function: any callable, sync or async.
         arguments: of the executable, a list; numbers and paths are turned into text, a task is
             replaced by its result.
-        args, kwargs: of the function; a task among them (or in a list, tuple or dict there) is
-            awaited and replaced by its result.
+        args, kwargs: of the function; a task among them is awaited and replaced by its result, and
+            so is one directly in a list, tuple or dict there. Deeper ones are not looked for: the
+            function gets them as they are. A plain dict there is data, never a task.
         input_files, output_files: names of files that the task reads and writes.
         capture_stdio: stream the output to files in the session's folder; `stdout` and `stderr`
             are then their paths.
@@ -383,18 +425,27 @@ class ComputeTask(BaseTask):
     The other arguments, and the errors, are those of `BaseTask`.
     """
 
-    __slots__ = ("args", "executable", "function", "kwargs")
+    __slots__ = ("_kwargs", "args", "executable", "function")
 
     executable: str | None
     function: Callable[..., Any] | None
     args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+    _kwargs: Mapping[str, Any]
 
     arguments = _Option[list[Any]]([])
 
     _given = (*BaseTask._given, "arguments")
-    _own = ("executable", "function", "args", "kwargs")
-    _fields = ("uid", "backend", *_own, *_given, *BaseTask._outcome)
+    _own = ("executable", "function", "args", "_kwargs")
+    _fields = (
+        "uid",
+        "backend",
+        "executable",
+        "function",
+        "args",
+        "kwargs",
+        *_given,
+        *BaseTask._outcome,
+    )
     _field_set = frozenset(_fields)
 
     def __init__(
@@ -414,7 +465,7 @@ class ComputeTask(BaseTask):
     ) -> None:
         # The statements of `_begin`, which a call would make half as expensive again.
         try:
-            self.uid = _spare_uids.pop() if uid is None else _check_uid(uid)
+            self.uid = _spare_uids.pop() if uid is None else check_uid(uid)
         except IndexError:
             self.uid = _make_uids()
         self.backend = backend
@@ -422,7 +473,7 @@ class ComputeTask(BaseTask):
         self._options = self._future = self._bound = None
         self.function = function
         self.args = () if args is None else args  # type: ignore[assignment]
-        self.kwargs = _NO_KWARGS if kwargs is None else kwargs
+        self._kwargs = _NO_KWARGS if kwargs is None else kwargs
         if function is None or executable is not None:
             self._take_executable(executable, arguments)
         elif not callable(function):
@@ -434,12 +485,26 @@ class ComputeTask(BaseTask):
                 f"task '{self.uid}': arguments are an executable's; a function has args and kwargs"
             )
         if args is not None or kwargs is not None:
-            _check_inputs(self.uid, self.args, self.kwargs)
+            check_inputs(self.uid, self.args, self._kwargs)
         if options or backend or input_files or output_files or capture_stdio:
             options.update(
                 input_files=input_files, output_files=output_files, capture_stdio=capture_stdio
             )
             self._take_options(options)
+
+    @property
+    def kwargs(self) -> Mapping[str, Any]:
+        """The function's keyword arguments."""
+        if self._kwargs is not _NO_KWARGS:
+            return self._kwargs
+        empty: dict[str, Any] = {}
+        if self.state == "NEW":  # the author may put something into it
+            self._kwargs = empty
+        return empty
+
+    @kwargs.setter
+    def kwargs(self, value: Mapping[str, Any]) -> None:
+        self._kwargs = value
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -465,13 +530,13 @@ class ComputeTask(BaseTask):
                     f"task '{self.uid}': arguments must be a list, not {arguments!r}"
                 )
             for argument in arguments:
-                if not isinstance(argument, (str, int, float, os.PathLike, bytes, BaseTask)):
+                if not isinstance(argument, (*ARGUMENT, BaseTask)):
                     raise TaskValidationError(
                         f"task '{self.uid}': an argument must be text, a number, a path or a task,"
                         f" not {argument!r}"
                     )
             self.arguments = list(arguments)
-        if self.args or self.kwargs:
+        if self.args or self._kwargs:
             raise TaskValidationError(
                 f"task '{self.uid}': args and kwargs are a function's; an executable has arguments"
             )
@@ -536,10 +601,7 @@ class AITask(BaseTask):
         **options: Any,
     ) -> None:
         self._begin(uid, backend)
-        if not prompt or not isinstance(prompt, (str, list)):
-            raise TaskValidationError(
-                f"task '{self.uid}': prompt must be a non-empty text or list, not {prompt!r}"
-            )
+        check_prompt(self.uid, prompt)
         if not (model or inference_endpoint or backend):
             raise TaskValidationError(
                 f"task '{self.uid}': one of model=, inference_endpoint= and backend= is needed"
@@ -560,7 +622,8 @@ class AITask(BaseTask):
         )
 
 
-_NO_KWARGS: Mapping[str, Any] = {}
+_NO_KWARGS: Mapping[str, Any] = {}  # of all tasks without; nobody is given it to write into
+_GROWING: dict[str, type[Any]] = {"arguments": list, "task_backend_specific_kwargs": dict}
 
 
 # Fields that are None until they are set: what is not stored at construction costs nothing there.
@@ -577,19 +640,6 @@ def _make_uids() -> str:
     uid = uids.pop()
     _spare_uids.extend(uids)
     return uid
-
-
-def _check_uid(uid: Any) -> str:
-    if not isinstance(uid, str) or not uid or "/" in uid or "\0" in uid:
-        raise TaskValidationError(f"uid must be a non-empty text without '/', not {uid!r}")
-    return uid
-
-
-def _check_inputs(uid: str, args: Any, kwargs: Any) -> None:
-    if not isinstance(args, (tuple, list)):
-        raise TaskValidationError(f"task '{uid}': args must be a tuple or a list, not {args!r}")
-    if not isinstance(kwargs, Mapping):
-        raise TaskValidationError(f"task '{uid}': kwargs must be a dict, not {kwargs!r}")
 
 
 def as_task(given: Any) -> BaseTask:
@@ -614,11 +664,38 @@ def as_task(given: Any) -> BaseTask:
     return task
 
 
-def _restore(cls: type[BaseTask], state: dict[str, Any]) -> BaseTask:
+# Fields in which parents are.
+_ABOUT_PARENTS = frozenset({"after", "args", "_kwargs", "arguments"})
+
+
+def _flatten(values: Any) -> Any:
+    """Put references in the places of parents that have been submitted.
+
+    All that came before them would be pickled along, in a chain deeper than Python can go. A graph
+    that is new stays whole, so that it can be submitted where it arrives.
+    """
+
+    def flat(value: Any) -> Any:
+        return value._reference() if _is_past(value) else value
+
+    def deeper(value: Any) -> Any:
+        return swap(value, flat) if any(map(_is_past, inside(value))) else value
+
+    return swap(values, deeper)
+
+
+def _is_past(value: Any) -> bool:
+    return isinstance(value, BaseTask) and value.state != "NEW"
+
+
+def _restore(cls: type[SomeTask], state: dict[str, Any]) -> SomeTask:
     task = cls.__new__(cls)
     task._future = task._bound = None
     for name, value in state.items():
         setattr(task, name, value)
+    # A copy, which is made this way too, has fields of its own.
+    for name in ("_options", "_results"):
+        setattr(task, name, state[name] and {**state[name]})
     return task
 
 
@@ -632,45 +709,15 @@ def _explain(name: str, cls: type[BaseTask]) -> str:
     return f"unknown argument '{name}'{hint}; accepted: {', '.join(known)}"
 
 
-def _check_retries(value: Any, what: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise TaskValidationError(f"{what} must be a whole number of at least 0, not {value!r}")
-    return value
-
-
-def _check_timeout(value: Any, what: str) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not value > 0:
-        raise TaskValidationError(f"{what} must be seconds above 0, not {value!r}")
-    return float(value)
-
-
 def _check_after(value: Any, what: str) -> tuple[BaseTask, ...]:
-    parents = (value,) if isinstance(value, BaseTask) else value
+    parents = (value,) if isinstance(value, (BaseTask, dict)) else value
     if not isinstance(parents, Iterable) or isinstance(parents, (str, Mapping)):
         raise TaskValidationError(f"{what} must be a list of tasks, not {value!r}")
     parents = tuple(parents)
     for parent in parents:
-        if not isinstance(parent, BaseTask):
+        if not isinstance(parent, (BaseTask, dict)):
             raise TaskValidationError(f"{what} must be a list of tasks, found {parent!r} in it")
     return parents
 
 
-def _check_type(kind: type[T], words: str) -> Callable[[Any, str], T]:
-    def check(value: Any, what: str) -> T:
-        if not isinstance(value, kind):
-            raise TaskValidationError(f"{what} must be {words}, not {value!r}")
-        return value
-
-    return check
-
-
-_CHECKS: dict[str, Callable[[Any, str], Any]] = {
-    "retries": _check_retries,
-    "timeout": _check_timeout,
-    "after": _check_after,
-    "resources": _check_type(Resources, "Resources(...)"),
-    "task_backend_specific_kwargs": _check_type(dict, "a dict"),
-    "capture_stdio": _check_type(bool, "True or False"),
-    "input_files": _check_type(list, "a list of names"),
-    "output_files": _check_type(list, "a list of names"),
-}
+_CHECKS = {**CHECKS, "after": _check_after}

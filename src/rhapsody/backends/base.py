@@ -3,7 +3,8 @@
 A backend in a package of its own subclasses `BaseExecutionBackend`, says in `kinds` and
 `option_keys` what it can run, overrides the five hooks `_start`, `_submit`, `_cancel`, `_stop` and
 `_check`, finds what a task runs with `inputs_of` or `command_of`, and reports what its engine says
-with `deliver`, from any thread.
+with `deliver`, from any thread: RUNNING when a task starts, and how it ended. A task's `timeout`
+counts from RUNNING on, so that an engine that leaves it out runs tasks without one.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rhapsody.runtime.commands import command_of, inputs_of
 from rhapsody.runtime.errors import BackendError, TaskValidationError
+from rhapsody.runtime.words import text_of
 
 from .constants import BackendMainStates, StateMapper
 
@@ -54,7 +56,7 @@ class BaseExecutionBackend:
     """Lifecycle, delivery of events, and checks, written once for every engine.
 
     Started by `await backend`, `async with backend`, `await Backend.create(...)`, or by the first
-    submit of a session; stopped by `shutdown`.
+    submit of a session; stopped by `shutdown`. It belongs to the event loop in which it is started.
     """
 
     #: kinds of tasks that the engine runs
@@ -86,6 +88,7 @@ class BaseExecutionBackend:
         self._starting: asyncio.Task[None] | None = None
         self._stopping: asyncio.Task[None] | None = None
         self._live: dict[str, Task] = {}
+        self._links: dict[str, str] = {}  # made for data dependencies: what each points to, by path
         self._events: deque[Event] = deque()
         self._armed = False
         self._callback: Callable[[Task, str], Any] | None = None
@@ -98,7 +101,7 @@ class BaseExecutionBackend:
         """Bring the engine up; raise BackendError if it cannot be."""
 
     async def _submit(self, tasks: list[Task]) -> None:
-        """Hand tasks, each checked, to the engine."""
+        """Hand tasks, each checked, to the engine; deliver RUNNING of each when it starts."""
         raise NotImplementedError
 
     async def _cancel(self, task: Task) -> bool:
@@ -128,6 +131,13 @@ class BaseExecutionBackend:
         return await cls(*args, **kwargs)._started()
 
     async def _started(self) -> Self:
+        if self._starting is not None and self._loop is not asyncio.get_running_loop():
+            # Its engine would report to a loop where nobody listens, and the tasks never end.
+            raise BackendError(
+                f"backend '{self.name}' was started in another event loop; make a new one in each"
+                " asyncio.run()",
+                backend=self.name,
+            )
         if self._main_state is BackendMainStates.INITIALIZED and self._stopping is None:
             if self._starting is None:
                 self._loop = asyncio.get_running_loop()
@@ -260,6 +270,10 @@ class BaseExecutionBackend:
                 live.pop(task["uid"], None)
             raise
 
+    def holds(self, task: Task) -> bool:
+        """Whether a task was handed over, and has not ended as far as has been heard."""
+        return self._live.get(task["uid"]) is task
+
     async def cancel_task(self, uid: str) -> bool:
         """Stop a task; True when it is known to be stopped, False for one that is not here."""
         task = self._live.get(uid)
@@ -364,15 +378,10 @@ class BaseExecutionBackend:
     def _apply(self, burst: Sequence[Event]) -> None:
         """Write states and results into tasks that no session watches over."""
         for task, state, fields in burst:
-            results = {name: value for name, value in (fields or {}).items() if name not in _TIMES}
-            if isinstance(task, dict) and kind_of(task) == "function" and state in _TERMINAL:
-                results["exit_code"] = 0 if state == "DONE" else 1
-                if state == "DONE":
-                    results["stdout"] = str(results.get("return_value"))
-            if isinstance(task, dict) and state in _TERMINAL:
-                results = {**dict.fromkeys(_RESULTS), **results}
-            task.update(results)
-            task["state"] = state
+            try:
+                _write(task, state, fields or {})
+            except Exception:  # of a mapping that is not ours
+                logger.exception("task '%s' cannot be written to", task["uid"])
 
     def _call_back(self, burst: Sequence[Event]) -> None:
         callback = self._callback
@@ -424,7 +433,8 @@ class BaseExecutionBackend:
         Returns a dict with `source` and `target`, paths on the file system that the tasks share.
 
         Raises:
-            TaskValidationError: neither a producer nor a path, or no file name is given.
+            TaskValidationError: neither a producer nor a path, or no file name is given; or another
+                file has that name already, other than a link made here before, which is replaced.
         """
         name = file_name or (os.path.basename(file_path) if file_path else None)
         if name is None or (src_task is None and file_path is None):
@@ -433,10 +443,21 @@ class BaseExecutionBackend:
             )
         source = os.path.abspath(file_path or os.path.join(self._folder(src_task), name))
         target = os.path.abspath(os.path.join(self._folder(dst_task), os.path.basename(name)))
-        if source != target and not os.path.lexists(target):
-            os.makedirs(os.path.dirname(target), exist_ok=True)
-            os.symlink(source, target)
+        if source != target:
+            self._link(source, target)
         return {"source": source, "target": target}
+
+    def _link(self, source: str, target: str) -> None:
+        there = os.readlink(target) if os.path.islink(target) else None
+        if there == source:
+            return
+        if there is not None and there == self._links.get(target):
+            os.unlink(target)  # a task's that came before
+        elif os.path.lexists(target):
+            raise TaskValidationError(f"'{target}' exists, and is not a link to '{source}'")
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.symlink(source, target)
+        self._links[target] = source
 
     def link_implicit_data_deps(self, src_task: Task, dst_task: Task) -> dict[str, Any]:
         """Make what the producer says it writes (`output_files`) visible to the consumer.
@@ -449,12 +470,28 @@ class BaseExecutionBackend:
 
     def _folder(self, task: Task) -> str:
         """The folder in which a task runs."""
-        options = (task.get("task_backend_specific_kwargs") or {}) if task is not None else {}
-        return os.fspath(options.get("cwd") or os.getcwd())
+        if task is None:
+            return os.getcwd()
+        options, need = task.get("task_backend_specific_kwargs") or {}, task.get("resources")
+        return os.fspath(options.get("cwd") or (need and need.cwd) or os.getcwd())
 
 
 _TIMES = frozenset({"started", "ended"})
 # What frameworks read from a task that has ended, whatever it was.
 _RESULTS = ("return_value", "stdout", "stderr", "exit_code", "exception")
+
+
+def _write(task: Task, state: str, fields: Mapping[str, Any]) -> None:
+    """Write a state and results into a task."""
+    results = {name: value for name, value in fields.items() if name not in _TIMES}
+    if isinstance(task, dict) and state in _TERMINAL:
+        if kind_of(task) == "function":
+            results["exit_code"] = 0 if state == "DONE" else 1
+            if state == "DONE":
+                results["stdout"] = text_of(results.get("return_value"))
+        results = {**dict.fromkeys(_RESULTS), **results}
+    task.update(results)
+    task["state"] = state
+
 
 BaseBackend = BaseExecutionBackend

@@ -1,4 +1,4 @@
-"""The command ``rhapsody``: run a workflow, list the backends, examine and measure the machine.
+"""The command ``rhapsody``: run or launch a workflow, list the backends, examine the machine.
 
 Each command's work is in a module of its own and is imported when the command runs.
 """
@@ -6,6 +6,7 @@ Each command's work is in a module of its own and is imported when the command r
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from typing import Any
@@ -24,6 +25,14 @@ Exit code:
   1    an uncaught exception, or a script that does not compile
   2    a wrong use of this command, such as a missing SCRIPT
   130  Ctrl-C
+"""
+
+LAUNCH_EXIT_CODES = """\b
+Exit code:
+  n    the workflow's own; 128 + n where signal n ended it
+  2    a wrong use of this command, or a machine that has not what it needs
+  130  Ctrl-C; 143 SIGTERM; 129 SIGHUP
+  1    several nodes, and how the workflow ended is not known
 """
 
 as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
@@ -53,9 +62,14 @@ def run_command(
     go to stderr: stdout is the script's own.
     """
     from rhapsody.cli.run import run_workflow
+    from rhapsody.log import level_of
 
     if log_level is not None:
         os.environ["RHAPSODY_LOG_LEVEL"] = log_level.upper()
+    try:
+        level_of()
+    except ValueError as error:  # of the environment: click has checked the option
+        raise click.UsageError(str(error)) from None
     if work_dir is not None:
         try:
             os.makedirs(work_dir, exist_ok=True)
@@ -63,6 +77,41 @@ def run_command(
             raise click.BadParameter(str(error), param_hint="--work-dir") from None
         os.environ["RHAPSODY_WORK_DIR"] = work_dir
     sys.exit(run_workflow(script, arguments))
+
+
+@main.command(
+    "launch", context_settings={"allow_interspersed_args": False}, epilog=LAUNCH_EXIT_CODES
+)
+@click.option("--dragon", is_flag=True, help="Under Dragon's runtime.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1),
+    help="How many nodes; by default all of the allocation or of --hosts, else this machine.",
+)
+@click.option("--hosts", help="Nodes to reach by ssh, as a,b,c, where there is no allocation.")
+@click.option(
+    "--small-machine",
+    is_flag=True,
+    help="Mend what makes Dragon 0.15 take all of a machine with few cores while it waits.",
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch_command(
+    script: str,
+    arguments: tuple[str, ...],
+    dragon: bool,
+    nodes: int | None,
+    hosts: str | None,
+    small_machine: bool,
+) -> None:
+    """Run the workflow SCRIPT with its ARGUMENTS under a launcher, on one node or several.
+
+    The launcher is watched. Ctrl-C and SIGTERM let the workflow close its sessions (15 s) and then
+    the runtime (10 s); a second one ends all at once. Nothing that was started stays behind.
+    """
+    from rhapsody.cli.launch import launch
+
+    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine))
 
 
 @main.command("backends")
@@ -97,11 +146,18 @@ def doctor_command(as_json: bool) -> None:
     sys.exit(1 if any(finding.status == "problem" for finding in findings) else 0)
 
 
+def _a_number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which is in any range
+        raise click.BadParameter("nan is not a number.")
+    return value
+
+
 @main.command("bench")
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions.")
 @click.option(
     "--scale",
-    type=click.FloatRange(0.0, min_open=True),
+    type=click.FloatRange(0.0, 1000.0, min_open=True),  # above, no memory holds the tasks
+    callback=_a_number,
     default=1.0,
     show_default=True,
     help="Multiplies the number of tasks.",

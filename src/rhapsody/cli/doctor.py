@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rhapsody.backends.discovery import BackendRegistry
 from rhapsody.runtime import machine
 
 GIB = 1 << 30
@@ -34,9 +35,14 @@ OPEN_FILES_WANTED = 1024
 OPEN_FILES_PER_CORE = 16
 DISK_WANTED = 100 * MIB
 
-# Distribution and backend of each engine; what the backends need is theirs to say, this is only
-# what can be asked of the installed metadata.
-ENGINES = ("cloudpickle", "distributed", "dragonhpc", "radical.pilot", "vllm")
+# The distribution that each backend's engine is in. A backend that this release does not have yet
+# has no line that installs it, and its engine is not asked for.
+ENGINES = {
+    "dask": "distributed",
+    "dragon": "dragonhpc",
+    "radical_pilot": "radical.pilot",
+    "vllm": "vllm",
+}
 
 
 @dataclass(frozen=True)
@@ -265,14 +271,16 @@ def mpi_flavour(version: str) -> str:
 
 
 def check_engines() -> Finding:
-    """Versions of the engines that are installed."""
+    """Versions of the engines that are installed, of the backends that there are."""
+    backends = BackendRegistry.list_backends()
+    wanted = ["cloudpickle", *(engine for name, engine in ENGINES.items() if name in backends)]
     versions: dict[str, str] = {}
-    for name in ENGINES:
+    for name in wanted:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    missing = [name for name in ENGINES if name not in versions]
+    missing = [name for name in wanted if name not in versions]
     found = ", ".join(f"{name} {version}" for name, version in versions.items())
     if missing:
         found += f"; not installed: {', '.join(missing)}"

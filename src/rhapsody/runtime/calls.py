@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import CoroutineType
 from typing import Any
 
@@ -42,4 +41,5 @@ class Call:
 
 def is_coroutine(value: Any) -> bool:
     """Whether a call returned a coroutine, so that the function was an async one."""
-    return type(value) is CoroutineType or (hasattr(value, "send") and asyncio.iscoroutine(value))
+    # Not asyncio's own test: before Python 3.12 it takes a generator for one.
+    return type(value) is CoroutineType or (hasattr(value, "send") and isinstance(value, Coroutine))

@@ -16,6 +16,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .words import said
+
 __all__ = [
     "BackendError",
     "DependencyError",
@@ -107,7 +109,8 @@ class DependencyError(RhapsodyError):
     """Raised for a task whose parent failed or was canceled.
 
     `cause` is the parent's error, and `root` the one that began it where that is a DependencyError
-    itself; both are None where it began with a task that was canceled.
+    itself; both are None where it began with a task that was canceled. Of a chain of them, what
+    crosses to another process is this one, its cause and the root.
     """
 
     def __init__(self, uid: str, parent: str, cause: BaseException | None = None) -> None:
@@ -122,9 +125,18 @@ class DependencyError(RhapsodyError):
             before = "it was not run either: "
         canceled = "a task was canceled" if before else "it was canceled"
         root = self.root
-        why = before + (canceled if root is None else f"{type(root).__name__}: {root}")
+        why = before + (canceled if root is None else said(root))
         super().__init__(f"Task '{uid}' was not run, its parent '{parent}' did not succeed ({why})")
-        self.__cause__ = cause
+        # Not the cause itself: a chain of them would be printed link by link, and pickled so by
+        # `tblib`, which Dask installs for all exceptions.
+        self.__cause__ = self.root
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state, cause = {**self.__dict__}, self.cause
+        if isinstance(cause, DependencyError):  # whole, it is a chain deeper than Python can go
+            known = {**cause.__dict__, "cause": cause.root}
+            state["cause"] = _rebuild(type(cause), cause.args, known)
+        return _rebuild, (type(self), self.args, state)
 
 
 class SerializationError(RhapsodyError, TypeError):

@@ -17,22 +17,24 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import warden
 from .errors import BackendError
+from .texts import plain
 from .wire import keep_from_forks
 
-__all__ = ["Children", "Ended", "Launch", "Started"]
+__all__ = ["SHORT_OF", "Children", "Ended", "Launch", "Started"]
 
 logger = logging.getLogger(__name__)
 
 #: bytes of each output that are kept in memory; what is more goes to a file
 OUTPUT_LIMIT = 1 << 20
-# What is wrong with the machine, not with the task: no descriptors, memory, processes or space.
-_MACHINE = frozenset(
+#: what is wrong with the machine, not with the task: no descriptors, memory, processes or space
+SHORT_OF = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 )
 # Seconds for the warden to end what is left and go, after its socket is closed; it takes 0.5 s
@@ -93,6 +95,8 @@ class Ended(NamedTuple):
 class Children:
     """Child processes of this process, through a warden that is started when it is needed.
 
+    Where the warden is killed, what ran has `Ended`; another one starts what had not begun.
+
     Args:
         on_events: called with lists of `Started` and `Ended`, on the loop's thread.
         loop: the event loop; the running one where none is given.
@@ -107,11 +111,14 @@ class Children:
         self._loop = loop or asyncio.get_running_loop()
         self._sock: socket.socket | None = None
         self._popen: subprocess.Popen[bytes] | None = None
+        self._begun: int | None = None  # descriptor; see `_last_begun`
         self._inbox = bytearray()
         self._outbox = bytearray()
-        self._requests: list[tuple[Any, ...]] = []
+        self._sending = False
         self._keys = 0
-        self._live: dict[int, int | None] = {}  # pid by key, None until it is known
+        # By key, what the warden was asked for, to be asked of the next where this one is lost
+        # before it began: None once the child has started, () once it shall not any more.
+        self._live: dict[int, tuple[Any, ...] | None] = {}
         self._guarded: set[int] = set()
         self._environ: dict[str, str] = {}
         self._home = ""
@@ -127,23 +134,27 @@ class Children:
 
         Raises:
             BackendError: the warden cannot be started.
+            ValueError, TypeError: `launch` holds what no process can be given.
         """
         self._ensure_warden()
-        self._keys += 1
-        self._live[self._keys] = None
-        self._request(
+        key = self._keys + 1
+        stdin = launch.stdin
+        to_files = bool(launch.to_files)
+        request = (
             "wait" if wait else "run",
-            self._keys,
-            [os.fspath(word) for word in launch.argv],
-            launch.cwd,
-            dict(launch.env) if launch.env else None,
-            launch.env_replace,
-            launch.stdin,
-            [(launch.to_files, launch.stdout_path), (launch.to_files, launch.stderr_path)],
+            key,
+            [plain(word) for word in launch.argv],
+            None if launch.cwd is None else plain(launch.cwd),
+            {plain(k): plain(v) for k, v in launch.env.items()} if launch.env else None,
+            bool(launch.env_replace),
+            b"".join([stdin]) if isinstance(stdin, bytes) else stdin and plain(stdin),
+            [(to_files, plain(launch.stdout_path)), (to_files, plain(launch.stderr_path))],
             OUTPUT_LIMIT,
             list(launch.cores),
         )
-        return self._keys
+        self._request(*request)
+        self._keys, self._live[key] = key, request
+        return key
 
     def sync_environment(self) -> None:
         """Let the children that are started from now on have this process's environment of now.
@@ -167,11 +178,16 @@ class Children:
 
     def go(self, key: int) -> None:
         """Start a child that waits, unless it has been started meanwhile."""
+        request = self._live.get(key)
+        if request:
+            self._live[key] = ("run", *request[1:])
         self._request("go", key)
 
     def kill(self, key: int, grace: float) -> None:
         """End a child's group: SIGTERM, and SIGKILL after `grace` seconds. `Ended` follows."""
         if key in self._live:
+            if self._live[key] is not None:
+                self._live[key] = ()
             self._request("kill", key, grace)
 
     def guard(self, pid: int) -> None:
@@ -204,28 +220,27 @@ class Children:
     def _ensure_warden(self) -> None:
         if self._sock is not None:
             return
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError as error:
-            raise BackendError(
-                f"cannot start processes: {error.strerror}", transient=True
-            ) from error
-        try:
-            with theirs:
+        with contextlib.ExitStack() as undo:
+            try:
+                begun = _shared_number()
+                undo.callback(os.close, begun)
+                ours, theirs = map(undo.enter_context, socket.socketpair())
+                fds = [theirs.fileno(), begun]
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-I", "-S", warden.__file__, str(theirs.fileno())],
-                    pass_fds=[theirs.fileno()],
+                    [sys.executable, "-I", "-S", warden.__file__, *map(str, fds)],
+                    pass_fds=fds,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
                     start_new_session=True,
                 )
-        except OSError as error:
-            ours.close()
-            raise BackendError(
-                f"cannot start processes: {error.strerror}", transient=True
-            ) from error
+            except OSError as error:
+                raise BackendError(
+                    f"cannot start processes: {error.strerror}", transient=True
+                ) from error
+            undo.pop_all()
+        theirs.close()
         ours.setblocking(False)
-        self._sock = ours
+        self._sock, self._begun = ours, begun
         keep_from_forks(ours)
         self._environ, self._home = {}, ""
         self._inbox.clear()
@@ -241,18 +256,20 @@ class Children:
             self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
             self._sock = None
+        if self._begun is not None:
+            os.close(self._begun)
+            self._begun = None
 
     def _request(self, *request: Any) -> None:
-        # All requests of one turn of the loop travel in one frame.
-        self._requests.append(request)
-        if len(self._requests) == 1:
+        # A frame for each, made here: one that cannot be made is the trouble of who asks for it.
+        data = marshal.dumps(request)
+        self._outbox += struct.pack("!I", len(data)) + data
+        if not self._sending:  # all of one turn of the loop travel at once
+            self._sending = True
             self._loop.call_soon(self._send)
 
     def _send(self) -> None:
-        if self._requests:
-            data = marshal.dumps(self._requests)
-            self._requests = []
-            self._outbox += struct.pack("!I", len(data)) + data
+        self._sending = False
         if self._sock is None or not self._outbox:
             return
         try:
@@ -293,7 +310,7 @@ class Children:
     def _read(self, reply: tuple[Any, ...]) -> Started | Ended:
         kind, key = reply[:2]
         if kind == "started":
-            self._live[key] = reply[2]
+            self._live[key] = None
             return Started(*reply[1:])
         self._live.pop(key, None)
         if kind == "dropped":
@@ -301,7 +318,7 @@ class Children:
         if kind == "refused":
             _, _, number, words, what = reply
             text = f"{words}: {what!r}" if what else words
-            if number in _MACHINE:
+            if number in SHORT_OF:
                 short = BackendError(
                     f"cannot start a process: {text}", host=socket.gethostname(), transient=True
                 )
@@ -315,8 +332,21 @@ class Children:
             key, code, killed, out, err, out_file, err_file, started, ended, None, failure, heir
         )
 
+    def _last_begun(self) -> int:
+        """The highest key that the warden has begun to start, 0 where it is none.
+
+        It writes the number before each start, because its news of a start may be lost with it.
+        """
+        assert self._begun is not None
+        return int.from_bytes(os.pread(self._begun, 8, 0), "big")
+
     def _lose_warden(self) -> None:
-        """The warden was killed: so that nothing runs unwatched, what it started goes too."""
+        """The warden was killed: so that nothing runs unwatched, what it started goes too.
+
+        What it had not begun is started by another one. Keys are begun in their order, more or
+        less: one that was passed by a later one counts as begun, and nothing runs twice.
+        """
+        begun = self._last_begun()
         self._hang_up()
         popen, self._popen = self._popen, None
         code = None
@@ -330,13 +360,49 @@ class Children:
             host=socket.gethostname(),
             transient=True,
         )
-        lost = [Ended(key, -signal.SIGKILL, error=error) for key in self._live]
-        self._live.clear()
-        self._requests.clear()
-        if self._guarded:
+        ends: list[Started | Ended] = []
+        again: dict[int, tuple[Any, ...]] = {}
+        for key, request in self._live.items():
+            if request is None or key <= begun or (request and not begun):
+                # Also where it never began anything: another one might not either, for ever.
+                ends.append(Ended(key, -signal.SIGKILL, error=error))
+            elif not request:
+                ends.append(Ended(key, -signal.SIGTERM, killed=True))
+            else:
+                again[key] = request
+        self._live = {**again}
+        self._outbox.clear()
+        ends += self._ask_again(again)
+        if ends:
+            self._on_events(ends)
+
+    def _ask_again(self, requests: dict[int, tuple[Any, ...]]) -> list[Ended]:
+        """Have another warden guard what we guard, and start what the last had not begun."""
+        if not requests and not self._guarded:
+            return []
+        try:
             self._ensure_warden()
-        if lost:
-            self._on_events(list(lost))
+        except BackendError as error:  # guarded is then what is left with the next child
+            self._live.clear()
+            return [Ended(key, 1, error=error) for key in requests]
+        for request in requests.values():
+            self._request(*request)
+        return []
+
+
+def _shared_number() -> int:
+    """A descriptor of eight bytes that another process can write, and we read when it is dead."""
+    if hasattr(os, "memfd_create"):
+        fd = os.memfd_create("rhapsody-begun")
+    else:
+        with tempfile.TemporaryFile() as file:
+            fd = os.dup(file.fileno())
+    try:
+        os.pwrite(fd, bytes(8), 0)  # now: the writer finds its place, however full the disk
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
 
 
 def _end_session(leader: int) -> None:

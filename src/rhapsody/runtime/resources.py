@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import TaskValidationError
+from .texts import fault_of_env, plain
 
 __all__ = ["Resources", "parse_memory", "parse_seconds"]
 
@@ -63,7 +65,7 @@ class Resources:
         gpus_per_rank: GPUs that each rank has to itself.
         memory_per_rank: bytes, or a text such as `"4GiB"`.
         walltime: seconds, or a text such as `"10m"`: the task's `timeout` where it has none.
-        cwd: folder to run in.
+        cwd: folder to run in, a text or a path.
         env: environment variables, added over those of the parent process.
 
     Raises:
@@ -75,7 +77,7 @@ class Resources:
     gpus_per_rank: int = 0
     memory_per_rank: int | str | None = None
     walltime: float | str | None = None
-    cwd: str | None = None
+    cwd: str | os.PathLike[str] | None = None
     env: Mapping[str, str] | None = None
 
     def __post_init__(self) -> None:
@@ -89,6 +91,18 @@ class Resources:
             parse_memory(self.memory_per_rank)
         if self.walltime is not None:
             parse_seconds(self.walltime)
+        if self.cwd is not None and not isinstance(self.cwd, (str, os.PathLike)):
+            raise TaskValidationError(
+                f"Resources.cwd must be the path of a folder, not {self.cwd!r}"
+            )
+        if self.cwd is not None:
+            object.__setattr__(self, "cwd", plain(self.cwd))
+        if self.env is not None:
+            if fault := fault_of_env(self.env):
+                raise TaskValidationError(f"Resources.{fault}")
+            # A copy: what is changed later was not looked at.
+            own = {plain(name): plain(value) for name, value in self.env.items()}
+            object.__setattr__(self, "env", own)
 
     @property
     def cores(self) -> int:

@@ -1,6 +1,7 @@
 """The warden: a small process that starts a driver's child processes and outlives the driver.
 
-Run as a script, with the number of a socket's descriptor for its argument. It is one file, longer
+Run as a script, with the numbers of two descriptors for its arguments: a socket's, and that of a
+file to which it writes the key of the last child that it began to start. It is one file, longer
 than others for that, and imports nothing but the standard library, so that it is up in about 20 ms.
 It exists because only another process can clean up after a driver that was killed with SIGKILL:
 when the socket closes, for whatever reason, every process group that it started or guards is ended,
@@ -129,8 +130,10 @@ class Child:
 class Warden:
     """The loop: requests from the socket, output from the pipes, ends from SIGCHLD."""
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, mark: int) -> None:
         self.sock = sock
+        self.mark = mark  # descriptor of the file that says, when we are dead, how far we came
+        self.begun = 0  # the highest key in it
         self.inbox = bytearray()
         self.replies: list[tuple[Any, ...]] = []
         self.send_at: float | None = None  # when the replies must go out; None while there are none
@@ -198,10 +201,9 @@ class Warden:
             (size,) = struct.unpack_from("!I", self.inbox)
             if len(self.inbox) < 4 + size:
                 break
-            message = marshal.loads(bytes(self.inbox[4 : 4 + size]))
+            request = marshal.loads(bytes(self.inbox[4 : 4 + size]))
             del self.inbox[: 4 + size]
-            for request in message:
-                getattr(self, "do_" + request[0])(*request[1:])
+            getattr(self, "do_" + request[0])(*request[1:])
 
     def send(self) -> None:
         if self.replies:
@@ -275,6 +277,9 @@ class Warden:
         limit: int,
         cores: list[int] | None,
     ) -> bool:
+        if key > self.begun:
+            self.begun = key
+            os.pwrite(self.mark, key.to_bytes(8, "big"), 0)
         opened: list[int] = []
         streams: list[Stream | None] = []
         started = time.monotonic()  # before the child is there: afterwards it may have run a while
@@ -616,7 +621,7 @@ def _killpg(pid: int, number: int) -> bool:
 
 
 def main() -> None:
-    """Serve the socket whose descriptor is the first argument."""
+    """Serve the socket whose descriptor is the first argument; the second is the mark's."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, signal.SIG_IGN)  # the driver decides, and its end ends us
     if sys.platform == "linux":
@@ -625,7 +630,9 @@ def main() -> None:
     sock = socket.socket(fileno=int(sys.argv[1]))
     sock.setblocking(False)
     sock.set_inheritable(False)
-    Warden(sock).run()
+    mark = int(sys.argv[2])
+    os.set_inheritable(mark, False)
+    Warden(sock, mark).run()
 
 
 if __name__ == "__main__":

@@ -86,7 +86,10 @@ class Flight:
     def dask_options(self) -> dict[str, Any]:
         """Keyword arguments of `Client.map`."""
         names = ("priority", "retries", "workers", "allow_other_workers")
-        return {name: self.options[name] for name in names if self.options.get(name) is not None}
+        found = {name: self.options[name] for name in names if self.options.get(name) is not None}
+        if isinstance(found.get("workers"), (int, tuple)):  # `Client.map` takes neither
+            found["workers"] = _names_of(found["workers"])
+        return found
 
     def stop_timer(self) -> None:
         """A worker has taken it after all."""
@@ -117,14 +120,45 @@ _KINDS: dict[str, tuple[tuple[type, ...], str]] = {
     "resources": ((Mapping,), "a dict of numbers, such as {'GPU': 1}"),
     "priority": (_NUMBER, "a number; higher runs earlier"),
     "retries": ((int,), "how many more times to run it"),
-    "workers": ((str, list, tuple, set), "an address or name of a worker, or a list of them"),
+    "workers": (
+        (str, int, list, tuple, set),
+        "an address or name of a worker, or a list of them",
+    ),
     "allow_other_workers": ((bool,), "True or False"),
-    "key": ((str,), "a text"),
+    "key": ((str,), "a text that UTF-8 can hold"),
     "cwd": ((str, os.PathLike), "the path of a folder"),
     "env": ((Mapping,), "a dict of texts"),
     "env_replace": ((bool,), "True or False"),
     "shell": ((bool,), "True or False"),
     "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
+}
+
+
+def _is_text(value: object) -> bool:
+    """Whether it can be a key, or stand in a message: anything else breaks the connection."""
+    if not isinstance(value, str) or not value:
+        return False
+    try:
+        value.encode()
+    except UnicodeEncodeError:  # half a surrogate pair, from a file name that is no UTF-8
+        return False
+    return True
+
+
+def _names_of(workers: Any) -> list[Any]:
+    return [workers] if isinstance(workers, (str, int)) else list(workers)
+
+
+def _are_workers(value: Any) -> bool:
+    # Those of a `LocalCluster` are named by whole numbers.
+    return all(type(name) is int or _is_text(name) for name in _names_of(value))
+
+
+#: what else must hold of a value that is of the right type
+_SENSIBLE: dict[str, Callable[[Any], bool]] = {
+    "retries": lambda value: value >= 0,
+    "workers": _are_workers,
+    "key": _is_text,
 }
 
 
@@ -137,7 +171,10 @@ def check_options(task: Task, options: Mapping[str, Any]) -> None:
     uid = task["uid"]
     for name, value in options.items():
         kinds, words = _KINDS[name]
-        if value is not None and not isinstance(value, kinds):
+        sensible = _SENSIBLE.get(name)
+        if value is not None and not (
+            isinstance(value, kinds) and (sensible is None or sensible(value))
+        ):
             raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
     for name, value in (options.get("resources") or {}).items():
         if not isinstance(name, str) or not isinstance(value, _NUMBER) or value < 0:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 else:
     from distributed.diagnostics.plugin import SchedulerPlugin
 
-__all__ = ["Herald", "whereabouts"]
+__all__ = ["Herald", "unheard", "whereabouts"]
 
 #: Seconds for which news is held back to go out as one message, per key that is still to end, and
 #: the least and most of it: a stream of short calls costs few messages, and a lone task or a chain,
@@ -102,8 +102,14 @@ class Herald(SchedulerPlugin):
         self._tell_workers()
 
     def remove_client(self, scheduler: Any, client: str) -> None:
-        """Our client has gone, killed perhaps: take both plugins off, and so the children."""
+        """Our client has gone, killed perhaps: take both plugins off, and so the children.
+
+        Should only its connection be broken, it hears of it by the event that it waits on.
+        """
         if client == self.client:
+            # What `distributed.Event` calls from elsewhere; cleared, it leaves nothing behind.
+            scheduler.handlers["event_set"](name=self.name)
+            scheduler.handlers["event_clear"](name=self.name)
             scheduler.remove_plugin(name=self.name)
             self.leaving = asyncio.ensure_future(
                 scheduler.unregister_worker_plugin(comm=None, name=self.name)
@@ -154,3 +160,12 @@ def whereabouts(keys: list[str], dask_scheduler: Any = None) -> dict[str, list[s
         if task is not None and task.processing_on is not None:
             found[task.processing_on.address].append(key)
     return found
+
+
+def unheard(name: str, keys: list[str], dask_scheduler: Any = None) -> list[str] | None:
+    """Those keys that the plugin of this name does not know; None where it is not there any more.
+
+    For `run_on_scheduler`.
+    """
+    herald = dask_scheduler.plugins.get(name)
+    return None if herald is None else [key for key in keys if key not in herald.mine]

@@ -12,6 +12,7 @@ from rhapsody.backends.base import Task, kind_of
 from rhapsody.runtime import serial
 from rhapsody.runtime.commands import inputs_of
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
+from rhapsody.runtime.texts import word_of
 
 from . import _dask_worker as remote
 from ._dask_flight import Flight, wanted
@@ -109,6 +110,8 @@ class Packer:
         """Dask's key of a task; what is before the dash is its name on the dashboard."""
         own = flight.options.get("key")
         if own is None:
+            # A file's name may hold what no message can.
+            name = name.encode(errors="replace").decode()
             return f"{name}-{self._tag}.{next(self._numbers)}"
         for other in self._by_uid.values():
             if other.key == own:
@@ -119,9 +122,7 @@ class Packer:
 
     def _word(self, flight: Flight, argument: Any) -> Any:
         value = self._slot(flight, argument)
-        if isinstance(value, (bytes, os.PathLike)):
-            return os.fsdecode(value)
-        return value if value is not argument else str(value)
+        return value if isinstance(value, remote.Slot) else word_of(value)
 
     def _mark(self) -> str:
         """A file in the working folder, by which a worker learns whether it sees that folder."""

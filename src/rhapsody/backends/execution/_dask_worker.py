@@ -22,9 +22,8 @@ import cloudpickle
 from distributed import get_worker
 
 from rhapsody.runtime import serial
-from rhapsody.runtime.commands import LOCAL_MPI, words_for_mpiexec
 from rhapsody.runtime.errors import BackendError, ResourceError, SerializationError
-from rhapsody.runtime.machine import find_mpiexec
+from rhapsody.runtime.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
 from rhapsody.runtime.processes import Children, Ended, Launch, Started
 
 if TYPE_CHECKING:  # typed or not, depending on the release of distributed
@@ -284,6 +283,11 @@ def _fetch(path: str | None) -> bytes | None:
     return data
 
 
+def _note_of(program: Program, scratch: str) -> str:
+    """Where its ranks note failures: here, since it may run on another worker at the same time."""
+    return os.path.join(scratch, program.uid)
+
+
 def _launch(program: Program, parents: Sequence[Any], scratch: Callable[[], str]) -> Launch:
     """Describe the child process, with files where the client will look for them."""
     env = program.env or {}
@@ -291,13 +295,13 @@ def _launch(program: Program, parents: Sequence[Any], scratch: Callable[[], str]
     if program.shell:
         argv = ["/bin/sh", "-c", " ".join([argv[0], *map(shlex.quote, argv[1:])])]
     if program.ranks > 1:
-        mpiexec = find_mpiexec()
+        mpiexec = local_mpiexec()
         if mpiexec is None:
             raise ResourceError(
                 f"no mpiexec on the PATH of the worker on {socket.gethostname()}, and the task"
                 f" asks for {program.ranks} ranks; install one, such as the package 'mpich' there"
             )
-        argv = [mpiexec, "-n", str(program.ranks), *words_for_mpiexec(argv)]
+        argv = rank_command(mpiexec, program.ranks, argv, _note_of(program, scratch()))
         env = {**LOCAL_MPI, **env}
     folder = program.folder if _shares(program) else scratch()
     return Launch(
@@ -434,6 +438,8 @@ class Host(WorkerPlugin):
         if self.children is None:
             self.children = Children(self._on_children)
         launch = _launch(program, parents, self._scratch)
+        if program.ranks > 1:
+            worst_rank(_note_of(program, self._scratch()))  # of an earlier run that was cancelled
         run.child = self.children.run(launch)
         ended = asyncio.get_running_loop().create_future()
         self.waiting[run.child] = program.key, ended
@@ -442,6 +448,9 @@ class Host(WorkerPlugin):
         except asyncio.CancelledError:
             self.children.kill(run.child, GRACE)
             raise
+        code = end.exit_code
+        if program.ranks > 1:
+            code = worst_rank(_note_of(program, self._scratch())) or code
         files = [end.stdout_file, end.stderr_file]
         if program.capture and end.refused is None and end.error is None:
             files = [launch.stdout_path, launch.stderr_path]
@@ -449,7 +458,7 @@ class Host(WorkerPlugin):
         if not _shares(program):
             data = [await asyncio.to_thread(_fetch, path) for path in files]
         return Outcome(
-            end.exit_code,
+            code,
             end.stdout,
             end.stderr,
             stdout_file=files[0],

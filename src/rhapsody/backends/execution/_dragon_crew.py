@@ -94,9 +94,10 @@ class Post:
         agent.start()
         self._agents.append(agent)
 
-    def revoke(self, number: int, host: str) -> None:
-        """Ask the agent of a node to let a task not begin there; it answers with news."""
-        self._orders[host].put(number)
+    def revoke(self, crew: int, number: int | None) -> None:
+        """Ask the agents to let a task, or all of a crew, not begin; each answers with news."""
+        for orders in self._orders.values():
+            orders.put((crew, number))
 
     def close(self) -> None:
         """Let the agents go. Blocks, for good where a node is lost."""
@@ -156,7 +157,6 @@ class Crew:
         self.number = number
         self.batch: Any = None
         self.flights: dict[str, Flight] = {}
-        self.lost: dict[str, int] = {}  # workers, by host
         self.workers: dict[str, int] = {}
         self.retired = False
         self._site = site
@@ -233,7 +233,9 @@ class Crew:
 
     def _submit(self, flight: Flight) -> Any:
         if not flight.jobs:
-            return self.batch.function(remote.run_order, self._site, self.number, flight.data)
+            return self.batch.function(
+                remote.run_order, self._site, self.number, flight.number, flight.data
+            )
         process: Any = importlib.import_module("dragon.native.process")
         facts: Any = importlib.import_module("dragon.infrastructure.facts")
         templates = []
@@ -300,22 +302,6 @@ class Crew:
         else:
             if flight.jobs:
                 self._hear(self, flight, "exited", value)
-
-    def take_stranded(self, host: str) -> list[Flight]:
-        """Take back the tasks that were given to the workers of a node, of which none is left."""
-        hosts = list(self.workers)
-        with self._lock:
-            stranded = {
-                tuid: flight
-                for tuid, flight in self.flights.items()
-                if not flight.ended
-                and (index := flight.handle.core.manager_idx) is not None
-                and hosts[index] == host
-            }
-            for tuid, flight in stranded.items():
-                del self.flights[tuid]
-                flight.handle = None
-        return list(stranded.values())
 
     def abandon(self) -> None:
         """Leave the Batch as it is, for good: a call of its might never return."""

@@ -52,7 +52,6 @@ class Site(NamedTuple):
 class Order(NamedTuple):
     """A task as it travels: a pickled call, or an executable for the local backend there."""
 
-    number: int
     folder: str  # for output files and large results
     call: bytes | None = None
     program: dict[str, Any] | None = None
@@ -71,8 +70,9 @@ def _folder(site: Site) -> str:
     return os.path.join(tempfile.gettempdir(), f"rhapsody-{site.token}")
 
 
-def _revoked(folder: str, number: int) -> str:
-    return os.path.join(folder, f"revoked-{number}")
+def _revoked(folder: str, crew: int, number: int | None = None) -> str:
+    """The file that tells that a task, or all of a crew, must not begin any more."""
+    return os.path.join(folder, f"revoked-{crew}" + (f"-{number}" if number else ""))
 
 
 # ---------------------------------------------------------------------- a worker of Dragon's
@@ -83,6 +83,7 @@ class _Desk:
 
     def __init__(self, site: Site, crew: int) -> None:
         self.queue = pickle.loads(site.queue)
+        self.crew = crew
         self.folder = _folder(site)
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
         path = os.path.join(self.folder, f"worker-{crew}-{os.getpid()}")
@@ -92,7 +93,9 @@ class _Desk:
     def begin(self, number: int) -> None:
         """Note a task, then see whether it was revoked: who revokes looks in the other order."""
         os.pwrite(self._note, number.to_bytes(8, "big"), 0)
-        if os.path.exists(_revoked(self.folder, number)):
+        if os.path.exists(_revoked(self.folder, self.crew)) or os.path.exists(
+            _revoked(self.folder, self.crew, number)
+        ):
             self.end()
             raise Revoked(number)
 
@@ -112,21 +115,21 @@ class _Desk:
 _desks: dict[tuple[Site, int], _Desk] = {}
 
 
-def run_order(site: Site, crew: int, data: bytes) -> None:
+def run_order(site: Site, crew: int, number: int, data: bytes) -> None:
     """Run a task in this worker of Dragon's, one of this crew, and send how it ended."""
     order = Order(*pickle.loads(data))
     desk = _desks.get((site, crew))
     if desk is None:
         desk = _desks[site, crew] = _Desk(site, crew)
     began = time.monotonic()
-    desk.begin(order.number)
+    desk.begin(number)
     try:
         if order.call is not None:
-            end: Any = run_call(order.call, os.path.join(order.folder, f".{order.number}.result"))
+            end: Any = run_call(order.call, os.path.join(order.folder, f".{number}.result"))
         else:
             end = desk.local.run(order)
         seconds = time.monotonic() - began
-        desk.send(("ended", order.number, end, socket.gethostname(), seconds))
+        desk.send(("ended", number, end, socket.gethostname(), seconds))
     finally:
         desk.end()
 
@@ -248,7 +251,8 @@ class _Agent:
     def __init__(self, site: Site, orders: Any, host: str) -> None:
         self.news = pickle.loads(site.queue)
         self.orders = orders
-        self.host = host
+        self.host = host  # as Dragon calls it, which is localhost where it is alone
+        self.name = socket.gethostname()
         self.folder = _folder(site)
         self.workers: dict[str, _Worker] = {}
         self.poll = select.poll()
@@ -265,7 +269,7 @@ class _Agent:
                 if order == "leave":
                     return
                 if order is not None:
-                    news.append(self._revoke(order))
+                    news.append(self._revoke(*order))
                 if time.monotonic() >= next_beat:
                     next_beat = time.monotonic() + BEAT_EVERY
                     news.append(("beat", self.host))
@@ -293,7 +297,7 @@ class _Agent:
             number = worker.runs()
             if number and number != worker.told:
                 worker.told = number
-                begun.append(("begun", number, self.host))
+                begun.append(("begun", number, self.name))
         return begun
 
     def _bury(self, worker: _Worker) -> list[tuple[Any, ...]]:
@@ -303,7 +307,7 @@ class _Agent:
         del self.workers[worker.path]
         number = worker.runs()
         os.unlink(worker.path)
-        return [("lost", number, self.host, worker.crew, worker.pid)]
+        return [("lost", number, self.name, worker.crew, worker.pid)]
 
     def _order(self) -> Any:
         try:
@@ -311,9 +315,9 @@ class _Agent:
         except queues.Empty:
             return None
 
-    def _revoke(self, number: int) -> tuple[Any, ...]:
-        """Let a task not begin here, and tell whether it has."""
-        with open(_revoked(self.folder, number), "wb"):
+    def _revoke(self, crew: int, number: int | None) -> tuple[Any, ...]:
+        """Let a task, or all of a crew, not begin here any more, and tell what runs."""
+        with open(_revoked(self.folder, crew, number), "wb"):
             pass
-        runs = any(worker.runs() == number for worker in self.workers.values())
-        return ("revoked", number, self.host, runs)
+        runs = [worker.runs() for worker in self.workers.values() if worker.crew == crew]
+        return ("revoked", (crew, number), self.host, runs)

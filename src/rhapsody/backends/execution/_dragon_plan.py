@@ -67,7 +67,7 @@ class Flight:
 
     __slots__ = (
         "begun", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number", "overdue",
-        "pmi", "rank_ends", "revoked", "revoking", "started", "stopping", "task", "timer", "uid",
+        "pmi", "rank_ends", "started", "stopping", "task", "timer", "uid",
     )  # fmt: skip
 
     def __init__(self, task: Task, number: int) -> None:
@@ -86,9 +86,7 @@ class Flight:
         self.rank_ends: dict[int, Any] = {}
         self.codes: list[int] | None = None
         self.stopping: Any = None  # a future: whether it was stopped
-        self.revoking: set[str] = set()  # hosts that have not answered
         self.timer: Any = None
-        self.revoked: Any = None  # an event: they all have
         self.overdue: float | None = None  # its time limit, which is over
 
     @property
@@ -118,13 +116,17 @@ class Planner:
         self._all_jobs = all_jobs
         self._numbers = itertools.count(1)
 
+    def number(self) -> int:
+        """A number that no flight has had."""
+        return next(self._numbers)
+
     def plan(self, task: Task, pickled: dict[int, bytes]) -> Flight:
         """Return a task's flight; `pickled` keeps the functions of this burst, by identity.
 
         Raises:
             SerializationError: its function or arguments cannot be pickled.
         """
-        flight = Flight(task, next(self._numbers))
+        flight = Flight(task, self.number())
         options = task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = task.get("resources")
         call = _call(task, pickled) if kind_of(task) == "function" else None
@@ -134,7 +136,7 @@ class Planner:
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
-            order = Order(flight.number, self._work_dir(), call, program)
+            order = Order(self._work_dir(), call, program)
             flight.data = pickle.dumps(tuple(order), pickle.HIGHEST_PROTOCOL)
         return flight
 

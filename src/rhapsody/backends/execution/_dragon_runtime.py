@@ -14,7 +14,6 @@ import importlib
 import importlib.metadata
 import json
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -22,18 +21,17 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rhapsody.backends.discovery import install_hint
-from rhapsody.runtime.errors import BackendError
+from rhapsody.runtime.dragon_line import check_shared_memory, find_launcher
+from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.processes import Children
+from rhapsody.runtime.segments import Segments
 
 __all__ = ["Runtime", "on_thread"]
 
 _T = TypeVar("_T")
 
-#: bytes of shared memory that Dragon needs: its own pool and what tasks pass through it
-SHM_NEEDED = 1 << 30
 # Releases of dragonhpc that were read and tried for what this room does.
 _TRIED = ("0.15.",)
-_SHM = "/dev/shm"  # noqa: S108 - where Dragon has its pools
 _START = 60.0  # seconds for a runtime to come up: 2 to 5 s on an idle machine
 _STOP = 15.0  # seconds for it to go: 0.7 s on an idle machine
 # What a process of another runtime has in its environment, and a new one must not have.
@@ -87,6 +85,7 @@ class Runtime:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._children: Children | None = None
+        self._segments: Segments | None = None
 
     @property
     def own(self) -> bool:
@@ -109,7 +108,12 @@ class Runtime:
                 f" {self._num_nodes} {sys.argv[0]}",
                 backend=self.name,
             )
-        check_shm(self.name)
+        try:
+            check_shared_memory()  # with too little of it Dragon's launcher hangs
+        except ResourceError as error:
+            raise BackendError(
+                f"backend '{self.name}' cannot start Dragon: {error}", backend=self.name
+            ) from error
         await self._start()
 
     def _check_release(self) -> None:
@@ -139,7 +143,8 @@ class Runtime:
 
     async def _start(self) -> None:
         self._children = Children(lambda events: None)
-        dragon = shutil.which("dragon", path=os.path.dirname(sys.executable)) or "dragon"
+        self._segments = Segments()
+        dragon = find_launcher(os.environ) or "dragon"
         runtime: Any = importlib.import_module("dragon.workflows.runtime")
         # The program that keeps a runtime up until it is told to stop; private, in 0.15.0.
         head = runtime._HEAD_SCRIPT
@@ -213,14 +218,14 @@ class Runtime:
 
         members = [process.pid, *warden.descendants([process.pid], warden.processes())]
         if process.returncode is None:
-            segments = {path for pid in members for path in shared_segments(pid)}
+            if self._segments is not None:
+                self._segments.look(members)
             for pid in members:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             await process.wait()
-            for path in segments:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
+            if self._segments is not None:
+                self._segments.remove()
         if self._reader is not None:
             self._reader.cancel()
         if self._children is not None:
@@ -235,30 +240,3 @@ def _in_dragon() -> bool:
 async def _throw_away(stream: asyncio.StreamReader) -> None:
     while await stream.read(1 << 16):
         pass
-
-
-def shared_segments(pid: int) -> set[str]:
-    """The files in shared memory that a process has mapped and that still have a name."""
-    try:
-        with open(f"/proc/{pid}/maps") as maps:
-            paths = {line.partition(f"{_SHM}/")[2].rstrip("\n") for line in maps}
-    except OSError:
-        return set()
-    return {f"{_SHM}/{name}" for name in paths if name and not name.endswith(" (deleted)")}
-
-
-def check_shm(name: str) -> None:
-    """Refuse to start where shared memory is too small: Dragon's launcher hangs there.
-
-    Raises:
-        BackendError: says how much there is, how much is needed, and who gives it.
-    """
-    there = os.statvfs(_SHM)
-    free = there.f_bavail * there.f_frsize
-    if free < SHM_NEEDED:
-        raise BackendError(
-            f"backend '{name}' needs {SHM_NEEDED >> 20} MiB of shared memory for Dragon, and"
-            f" {_SHM} has {free >> 20} MiB free; a container gets more with --shm-size, a node"
-            " with: mount -o remount,size=8g /dev/shm",
-            backend=name,
-        )

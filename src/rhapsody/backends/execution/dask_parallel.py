@@ -2,9 +2,10 @@
 
 A burst of tasks becomes one graph message; how its keys end comes back as one event per burst (see
 `_dask_herald`), and the results are gathered together. This module has the backend;
-`_dask_engine` the connection, `_dask_flight` what is kept of a task, `_dask_pack` its way to Dask
-and `_dask_results` its way back, `_dask_stop` how it is stopped; `_dask_worker` and `_dask_herald`
-run on workers and scheduler. It is long, because what is in flight has one owner, on two loops.
+`_dask_engine` the connection, `_dask_flight` what is kept of a task, `_dask_pack` and
+`_dask_graphs` its way to Dask and `_dask_results` its way back, `_dask_stop` how it is stopped;
+`_dask_worker` and `_dask_herald` run on workers and scheduler. It is long, because what is in
+flight has one owner, on two loops.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import os
 import uuid
 from collections.abc import Coroutine, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task
 from rhapsody.runtime.errors import (
@@ -41,6 +42,7 @@ from ._dask_flight import (
 from ._dask_stop import ANSWER, tell_to_stop
 
 if TYPE_CHECKING:
+    from ._dask_graphs import Graphs
     from ._dask_pack import Packer
     from ._dask_results import Reader
 
@@ -73,9 +75,10 @@ class DaskExecutionBackend(BaseExecutionBackend):
             `tls_client_cert`, `tls_client_key`, `require_encryption`).
         worker_timeout: seconds that a task waits for a worker that can take it, where the cluster
             may still grow (adaptive, jobs queued, a worker restarting), and that all tasks wait
-            where it has no worker at all.
+            where it has no worker at all; `math.inf` waits for ever.
 
     Raises:
+        BackendError: an argument is of a wrong type, or at odds with another one.
         BackendError: when started: Dask is not installed, or the cluster cannot be reached or
             started, or its workers have no rhapsody.
     """
@@ -97,8 +100,8 @@ class DaskExecutionBackend(BaseExecutionBackend):
         worker_timeout: float = 300.0,
     ) -> None:
         super().__init__(name)
-        if cluster is not None and client is not None:
-            raise BackendError("give cluster= or client=, not both", backend=name)
+        for wrong in _wrong_in(resources, cluster, client, worker_timeout):
+            raise BackendError(wrong, backend=name)
         self._engine = DaskEngine(name, resources, cluster, client, security)
         self._worker_timeout = worker_timeout
         self._plugin = f"rhapsody-{uuid.uuid4().hex[:12]}"
@@ -118,6 +121,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._to_cancel: dict[Flight, asyncio.Future[bool]] = {}
         self._stops: set[asyncio.Task[None]] = set()
         self._packer: Packer | None = None
+        self._graphs: Graphs
         self._reader: Reader
 
     @property
@@ -130,10 +134,12 @@ class DaskExecutionBackend(BaseExecutionBackend):
     async def _start(self) -> None:
         await self._engine.open()
         # These need Dask, which is there only now.
+        from ._dask_graphs import Graphs
         from ._dask_pack import Packer
         from ._dask_results import Reader
 
         self._packer = Packer(self._plugin, self._by_uid, lambda: self.work_dir)
+        self._graphs = Graphs(self.name, self._engine, self._plugin, self._flights, self._settle)
         self._reader = Reader(self.name, self._engine, lambda: self.work_dir)
         try:
             await self._connect()
@@ -163,6 +169,8 @@ class DaskExecutionBackend(BaseExecutionBackend):
         await call(self._start_watch)
 
     def _start_watch(self) -> None:
+        if self._watch is not None:
+            self._watch.cancel()
         self._watch = asyncio.get_running_loop().create_task(self._watch_scheduler())
 
     async def _watch_scheduler(self) -> None:
@@ -189,6 +197,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     def _lose(self, message: str) -> None:
         """Fail everything in flight: the scheduler knows nothing of it any more."""
         self._connected = False
+        self._graphs.close()
         self._fail_all(message)
 
     def _host(self) -> str | None:
@@ -227,6 +236,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._connected = False
         if self._no_workers is not None:
             self._no_workers.cancel()
+        self._graphs.close()
         for gather in self._gathers:
             gather.cancel()
         if client.status == "running":
@@ -262,7 +272,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
                 await asyncio.sleep(0)
         try:
             await self._engine.call(self._launch, flights)
-        except Exception as error:  # a closed client, a graph that the scheduler refused
+        except Exception as error:  # the client's loop is closed
             for flight in flights:
                 self._flights.pop(flight.key, None)
                 self._by_uid.pop(flight.uid, None)
@@ -291,32 +301,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     # ---------------------------------------------------------------- on the client's loop: submit
 
     def _launch(self, flights: list[Flight]) -> None:
-        """Give Dask a burst: one graph for all tasks with the same options."""
-        import dask
-
-        groups: dict[Any, list[Flight]] = {}
-        for flight in flights:
-            self._flights[flight.key] = flight
-            groups.setdefault(flight.group(), []).append(flight)
-        for _, group in sorted(groups.items(), key=lambda item: item[0][0]):
-            first = group[0]
-            iterables: list[list[Any]] = [[flight.call for flight in group]]
-            if any(flight.parents for flight in group):
-                iterables.append([[p.future for p in flight.parents] for flight in group])
-            # Dask warns of large graphs, for the sake of those who put data into them unknowingly;
-            # here it is the arguments that the author wants there.
-            with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-                futures = self._engine.client.map(
-                    first.runner,
-                    *iterables,
-                    key=[flight.key for flight in group],
-                    pure=False,
-                    resources=first.wants or None,
-                    **first.dask_options(),
-                )
-            for flight, future in zip(group, futures, strict=True):
-                flight.future = future
-                flight.call = None
+        self._graphs.launch(flights)
         if not self._workers:
             self._arm_no_workers()
 
@@ -563,3 +548,26 @@ class DaskExecutionBackend(BaseExecutionBackend):
         await self._engine.client.cancel([flight.future for flight, _, _ in endings])
         self._settle(endings)
         return set(mine)
+
+
+def _wrong_in(resources: object, cluster: Any, client: Any, worker_timeout: object) -> list[str]:
+    """What is wrong with the arguments of a backend, as far as it can be told without Dask."""
+    wrong = []
+    if cluster is not None and client is not None:
+        wrong.append("give cluster= or client=, not both")
+    if not isinstance(resources, (Mapping, type(None))) or not all(
+        isinstance(name, str) for name in resources or ()
+    ):
+        wrong.append(
+            f"resources must be a dict of what LocalCluster takes, such as {{'n_workers': 4}},"
+            f" not {resources!r}"
+        )
+    elif resources and (cluster is not None or client is not None):
+        wrong.append(
+            "resources are for a cluster that the backend starts; give them to your own when you"
+            f" start it, not here: {resources!r}"
+        )
+    number = isinstance(worker_timeout, (int, float)) and not isinstance(worker_timeout, bool)
+    if not (number and cast("float", worker_timeout) >= 0):  # NaN is not
+        wrong.append(f"worker_timeout must be seconds, 0 or more, not {worker_timeout!r}")
+    return wrong

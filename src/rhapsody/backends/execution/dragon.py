@@ -91,8 +91,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         node_timeout: float = 15.0,
         **removed: Any,
     ) -> None:
-        if isinstance(name, Mapping):  # as 0.6 had it: DragonExecutionBackend({...})
-            name, batch_kwargs = "dragon", name
+        if not isinstance(name, str):  # as 0.6 had it: DragonExecutionBackend({...})
+            batch_kwargs, name = name, "dragon"
         super().__init__(name)
         _refuse(name, num_nodes, batch_kwargs, node_timeout, removed)
         self._num_nodes = num_nodes
@@ -113,6 +113,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         self._checked = 0.0
         self._broken: BackendError | None = None
         self._ddicts: list[Any] = []
+        # (crew, number): the hosts that have not answered, what runs there, and when all have
+        self._revoking: dict[tuple[int, int | None], _Inquiry] = {}
         self._planner = Planner(lambda: self.work_dir)
 
     # ------------------------------------------------------------------ lifecycle
@@ -190,7 +192,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             crew.abandon()
             return
         if await self._try(crew.close, "end a Batch"):
-            for flight in [f for f in self._by_uid.values() if f.crew is crew]:
+            for flight in self._of(crew):
                 self._finish(flight, "CANCELED", {})
 
     async def _try(self, step: Any, words: str) -> bool:
@@ -208,6 +210,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         """Wait until every task that was submitted so far has ended."""
         await self._started()
         await self._empty.wait()
+        self._flush()  # or their owner would not have heard of them yet
 
     async def create_ddict(self, *args: Any, **kwargs: Any) -> Any:
         """Make a `dragon.data.ddict.DDict`, which tasks may share; destroyed at shutdown."""
@@ -287,6 +290,9 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
     def _on_news(self, news: list[tuple[Any, ...]]) -> None:
         burst: deque[Event] = deque()
         for word, number, *rest in news:
+            if word == "revoked":
+                self._on_answer(number, *rest)
+                continue
             flight = self._flights.get(number)
             if word == "lost":
                 self._on_lost(flight, *rest)
@@ -304,12 +310,6 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 rank, said = rest
                 flight.rank_ends[rank] = read_end(said)
                 self._try_job(flight)
-            elif word == "revoked":
-                host, runs = rest
-                flight.begun = flight.begun or runs
-                flight.revoking.discard(host)
-                if not flight.revoking and flight.revoked is not None:
-                    flight.revoked.set()
         self.deliver_burst(burst)
 
     def _begin(self, flight: Flight, host: str | None) -> None:
@@ -342,7 +342,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             if self._post is not None:
                 self._post.busy.clear()
         crew = flight.crew
-        if crew is not None and crew.retired and crew.number in self._crews:
+        if crew is not None and crew.retired:
             self._leave_if_idle(crew)
         return flight.task, state, fields
 
@@ -358,6 +358,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
     def _on_crew(self, crew: Crew, flight: Flight | None, word: str, value: Any) -> None:
         if flight is None:
             self._on_broken(crew, value)
+        elif flight.crew is not crew:  # it was given to another one
+            return
         elif word == "begun":
             self._begin(flight, None)
         elif word == "cancelled" or type(value).__name__ == "Revoked":
@@ -416,6 +418,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             if flight in self._pending:
                 self._pending.remove(flight)
                 self._finish(flight, "CANCELED", {})
+            elif flight.crew is None:
+                pass  # on its way from one crew to another
             elif await on_thread(flight.crew.withdraw, flight, timeout=_ANSWER):
                 self._finish(flight, "CANCELED", {})
             else:
@@ -423,8 +427,9 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 if not flight.jobs and not flight.begun and await self._revoke(flight):
                     self._finish(flight, "CANCELED", {})
                 elif not stopped.done():
-                    # Dragon looks every 0.1 s whether it should stop what runs.
-                    await asyncio.wait([stopped], timeout=GRACE + 3.0)
+                    # Dragon looks every 0.1 s whether it should stop what runs, but takes its time
+                    # with a job's processes.
+                    await asyncio.wait([stopped], timeout=_CLOSE if flight.jobs else GRACE + 3.0)
         except asyncio.TimeoutError:
             logger.warning("Dragon does not answer a request to cancel task '%s'", flight.uid)
         finally:
@@ -434,15 +439,30 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 stopped.set_result(False)
 
     async def _revoke(self, flight: Flight) -> bool:
-        """See to it that a task never begins; False where it has begun, or one does not answer."""
+        """See to it that a task never begins; False where it has begun."""
+        runs = await self._inquire(flight.crew.number, flight.number)
+        return not (flight.number in runs or flight.begun or flight.ended)
+
+    async def _inquire(self, crew: int, number: int | None) -> set[int]:
+        """Let a task, or all of a crew, not begin any more; returns the numbers of what runs.
+
+        Raises:
+            asyncio.TimeoutError: a node does not answer.
+        """
         post = self._post
         assert post is not None
-        flight.revoking = set(post.nodes.cores)
-        flight.revoked = asyncio.Event()
-        for host in post.nodes.cores:
-            await on_thread(post.revoke, flight.number, host, timeout=_ANSWER)
-        await asyncio.wait_for(flight.revoked.wait(), _ANSWER)
-        return not flight.begun and not flight.ended
+        inquiry = self._revoking[crew, number] = _Inquiry(set(post.nodes.cores))
+        await on_thread(post.revoke, crew, number, timeout=_ANSWER)
+        await asyncio.wait_for(inquiry.answered.wait(), _ANSWER)
+        del self._revoking[crew, number]
+        return inquiry.runs
+
+    def _on_answer(self, about: tuple[int, int | None], host: str, runs: list[int]) -> None:
+        if (inquiry := self._revoking.get(about)) is not None:
+            inquiry.hosts.discard(host)
+            inquiry.runs.update(runs)
+            if not inquiry.hosts:
+                inquiry.answered.set()
 
     async def _time_out(self, flight: Flight) -> None:
         options = flight.task.get("task_backend_specific_kwargs") or {}
@@ -455,6 +475,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
 
     def _on_lost(self, flight: Flight | None, host: str, number: int, pid: int) -> None:
         """A worker has died: its task is lost with it, and its place in its Batch."""
+        if self._stopping is not None:  # it is we who end them
+            return
         if flight is not None:
             error = WorkerLostError(
                 f"the worker process that ran task '{flight.uid}' died (pid {pid} on {host}):"
@@ -465,24 +487,30 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             )
             self._finish(flight, "FAILED", {"exception": error})
         crew = self._crews.get(number)
-        if crew is None:
-            return
-        crew.lost[host] = crew.lost.get(host, 0) + 1
-        self._retire(crew)
-        if crew.lost[host] >= crew.workers.get(host, 0):
-            # Nobody is left there who could begin one of these.
-            stranded = crew.take_stranded(host)
-            self._hand_over(stranded)
+        if crew is not None and not crew.retired:
+            crew.retired = True
+            if self._crew is crew:
+                self._crew = None
+                self._renewal = asyncio.get_running_loop().create_task(self._replace())
+            self._spawn(self._salvage, crew)
+
+    async def _salvage(self, crew: Crew) -> None:
+        """Give what has not begun to another crew.
+
+        What Batch sent to its workers in one wave with the task that took one of them down may
+        never begin (seen in 0.15.0), even if workers are left.
+        """
+        runs = await self._inquire(crew.number, None)
+        moved = [f for f in self._of(crew) if not (f.begun or f.jobs or f.number in runs)]
+        for flight in moved:
+            del self._flights[flight.number]
+            flight.number, flight.handle, flight.crew = self._planner.number(), None, None
+            self._flights[flight.number] = flight
+        self._hand_over(moved)
         self._leave_if_idle(crew)
 
-    def _retire(self, crew: Crew) -> None:
-        """Give a crew no new tasks, and put another in its place."""
-        if crew.retired:
-            return
-        crew.retired = True
-        if self._crew is crew:
-            self._crew = None
-            self._renewal = asyncio.get_running_loop().create_task(self._replace())
+    def _of(self, crew: Crew) -> list[Flight]:
+        return [flight for flight in self._by_uid.values() if flight.crew is crew]
 
     async def _replace(self) -> None:
         try:
@@ -498,11 +526,27 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             )
 
     def _leave_if_idle(self, crew: Crew) -> None:
-        if not any(flight.crew is crew for flight in self._by_uid.values()):
-            self._spawn(self._close_crew, crew)
+        """End a retired crew that runs nothing, and give its jobs to another one.
+
+        A job cannot be kept from beginning otherwise.
+        """
+        left = self._of(crew)
+        if crew.number in self._crews and all(f.jobs and not f.begun for f in left):
+            for flight in left:
+                flight.crew = None
+            self._crews.pop(crew.number)
+            self._spawn(self._leave, crew, left)
+
+    async def _leave(self, crew: Crew, left: list[Flight]) -> None:
+        if await self._try(crew.close, "end a Batch that lost a worker"):
+            for flight in left:
+                flight.handle = None
+            self._hand_over([flight for flight in left if not flight.ended])
+        else:
+            self._on_broken(crew, TimeoutError("it does not end"))
 
     def _on_broken(self, crew: Crew, error: BaseException) -> None:
-        if crew.number not in self._crews or self._stopping is not None:
+        if self._stopping is not None:
             return
         self._break(
             BackendError(
@@ -543,6 +587,15 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             crew.abandon()
         for flight in list(self._by_uid.values()):
             self._finish(flight, "FAILED", {"exception": error})
+
+
+class _Inquiry:
+    """A question to the agents of all nodes: what of it runs there."""
+
+    def __init__(self, hosts: set[str]) -> None:
+        self.hosts = hosts  # those that have not answered
+        self.runs: set[int] = set()
+        self.answered = asyncio.Event()
 
 
 def _refuse(
