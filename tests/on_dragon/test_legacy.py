@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rhapsody import ComputeTask, Session
+from rhapsody import ComputeTask, Session, discover_backends, get_backend
 from rhapsody.api import Resources
 from rhapsody.api.errors import (
     BackendError,
@@ -25,7 +25,8 @@ from rhapsody.api.errors import (
 )
 from rhapsody.backends import DragonExecutionBackendV1, DragonExecutionBackendV2
 
-from . import work
+from . import small, work
+from .nodes import Sandbox
 from .runtime import Runtime
 
 BOTH = pytest.mark.parametrize("name", ["one", "two"])
@@ -39,12 +40,14 @@ def session() -> Session:
     return _session
 
 
-async def open_session(folder: str) -> None:
+async def open_session(folder: str, workers: int = 2, node_timeout: float = 15.0) -> None:
     global _session
     _session = Session(
         backends=[
-            DragonExecutionBackendV1({"working_dir": folder}, "one"),
-            DragonExecutionBackendV2({"workers": 2, "working_dir": folder}, "two"),
+            DragonExecutionBackendV1({"working_dir": folder}, "one", node_timeout=node_timeout),
+            DragonExecutionBackendV2(
+                {"workers": workers, "working_dir": folder}, "two", node_timeout=node_timeout
+            ),
         ]
     )
     await asyncio.gather(*_session.backends.values())
@@ -240,6 +243,30 @@ def test_ranks(dragon: Runtime, folder: str) -> None:
     dragon.call(_ranks, folder)
 
 
+def devices(seconds: float) -> str:
+    time.sleep(seconds)
+    return os.environ["CUDA_VISIBLE_DEVICES"]
+
+
+async def _gpus(folder: str) -> None:
+    await open_session(folder)
+    one = Resources(gpus_per_rank=1)
+    tasks = await run(*(function("one", devices, 0.5, resources=one) for _ in range(4)))
+    assert [task.return_value for task in tasks[:2]] == ["0", "1"]
+    assert sorted(task.return_value for task in tasks) == ["0", "0", "1", "1"]
+    assert os.listdir(folder) == []
+    await close_session()
+
+
+def test_gpus_are_handed_out(tmp_path: Path) -> None:
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    with Sandbox() as place, Runtime(place, small.environment(gpus=2), cwd=folder) as runtime:
+        runtime.call(_gpus, str(folder))
+        assert runtime.stop().code == 0
+        assert place.left() == []
+
+
 # ---------------------------------------------------------------------- deaths
 
 
@@ -343,6 +370,12 @@ def test_a_policy_of_the_tasks_own(dragon: Runtime) -> None:
 def test_resources_are_checked(kind: Any, resources: Any, words: str) -> None:
     with pytest.raises(BackendError, match=words):
         kind(resources)
+
+
+def test_by_name() -> None:
+    assert type(get_backend("dragon_v1", name="one")) is DragonExecutionBackendV1
+    assert type(get_backend("dragon_v2", {"workers": 3})) is DragonExecutionBackendV2
+    assert {"dragon_v1", "dragon_v2"} <= discover_backends().keys()
 
 
 # ---------------------------------------------------------------------- cancel and time limits

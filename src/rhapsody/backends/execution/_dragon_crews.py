@@ -246,7 +246,12 @@ class GangCrew(Crew):
         fields["env"] = {**fields["env"], remote.MARK: remote.mark(self._site, flight.number)}
         fields.setdefault("policy", _on_place(place))
         target, args = self._target(flight, rank)
-        if flight.data is None and "stdin" not in fields:
+        if flight.data is not None:
+            # What a function prints goes where that of a pool's workers goes, not into files.
+            for stream in ("stdout", "stderr"):
+                if str(fields[stream]).endswith(f"/{flight.uid}.{rank}.{stream}"):
+                    del fields[stream]
+        elif "stdin" not in fields:
             # Dragon leaves a pipe open there, at which who reads would wait for good (0.15.0).
             args = ("-c", 'exec "$0" "$@" </dev/null', _found(target), *args)
             target = "/bin/sh"
@@ -375,7 +380,8 @@ class PoolCrew(Crew):
         self._out: dict[int, str] = {}  # the hosts that orders went to, by number
         self._missing: list[str] = []  # hosts, a worker of which has to be replaced
         self._fresh: dict[int, str] = {}  # hosts by puid: started, and not up yet
-        self._up: dict[tuple[str, int], int] = {}  # puids by host and pid
+        # By the name that a node has for itself, and pid: puid and host.
+        self._up: dict[tuple[str, int], tuple[int, str]] = {}
         self._failed = 0
 
     # ------------------------------------------------------------------ from outside
@@ -435,26 +441,26 @@ class PoolCrew(Crew):
                 if self._waiting:
                     self._thread.changed.notify_all()
 
-    def on_up(self, host: str, pid: int, puid: int) -> None:
-        """A worker has come up."""
+    def on_up(self, host: str, name: str, pid: int, puid: int) -> None:
+        """A worker has come up, on a host that calls itself by this name."""
         with self._thread.changed:
-            self._up[host, pid] = puid
+            self._up[name, pid] = puid, host
             self._fresh.pop(puid, None)
             self._failed = 0
             self._thread.changed.notify_all()
 
-    def replace(self, host: str, pid: int) -> None:
+    def replace(self, name: str, pid: int) -> None:
         """A worker has died; one that had not come up is seen by its crew."""
         with self._thread.changed:
-            if self._up.pop((host, pid), None) is not None:
-                self._missing.append(host)
+            if (worker := self._up.pop((name, pid), None)) is not None:
+                self._missing.append(worker[1])
                 self._thread.changed.notify_all()
 
     def close(self) -> None:
         """End the workers, with what they run. Blocks, for good where a node is lost."""
         self._thread.let_go()
         self._thread.join(GRACE)
-        _end_all([*self._up.values(), *self._fresh])
+        _end_all([*(puid for puid, _ in self._up.values()), *self._fresh])
         for node in self._nodes.values():
             node.queue.destroy()
 
@@ -523,7 +529,7 @@ class PoolCrew(Crew):
         )
         worker.start()
         with self._thread.changed:
-            if worker.puid not in self._up.values():  # it may be quicker than we are
+            if (worker.puid, host) not in self._up.values():  # it may be quicker than we are
                 self._fresh[worker.puid] = host
 
     def _watch(self) -> None:

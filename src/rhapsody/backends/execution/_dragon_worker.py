@@ -14,6 +14,7 @@ import os
 import pickle
 import queue as queues
 import signal
+import socket
 import time
 from typing import Any
 
@@ -62,12 +63,13 @@ def work(site: Site, crew: int, orders: bytes, host: str) -> None:
 class _PoolWorker:
     def __init__(self, site: Site, crew: int, orders: Any, host: str) -> None:
         self.orders = orders
-        self.host = host
+        self.name = socket.gethostname()
         self.desk = _Desk(site, crew)
         self.running = 0
         signal.signal(signal.SIGUSR1, self._on_signal)
         parameters: Any = importlib.import_module("dragon.infrastructure.parameters")
-        self.desk.send(("up", host, os.getpid(), parameters.this_process.my_puid))
+        puid = parameters.this_process.my_puid
+        self.desk.send(("up", host, self.name, os.getpid(), puid))
 
     def run(self) -> None:
         nap = _LOOK_SOON
@@ -92,7 +94,7 @@ class _PoolWorker:
             end = self._run(number, data)
             self.running = 0  # from here on it has ended, and is not stopped any more
             seconds = time.monotonic() - began
-            self.desk.send(("ended", number, end, self.host, seconds))
+            self.desk.send(("ended", number, end, self.name, seconds))
         finally:
             self.running = 0
             self.desk.end()

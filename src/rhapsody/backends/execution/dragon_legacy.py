@@ -126,6 +126,17 @@ class _Legacy(DragonExecutionBackendV3):
             await asyncio.wait_for(halt.over.wait(), _HALT)
         return not flight.ended and (halt.stopped or not began)
 
+    def _on_broken(self, crew: Crew, error: BaseException) -> None:
+        if self._stopping is None:
+            self._break(
+                BackendError(
+                    f"backend '{self.name}' cannot start or watch its processes any more:"
+                    f" {error!r}",
+                    backend=self.name,
+                    transient=True,
+                )
+            )
+
     def _try_job(self, flight: Flight) -> None:
         if (halt := self._halts.get(flight.number)) is None:
             super()._try_job(flight)
@@ -273,9 +284,9 @@ class DragonExecutionBackendV2(_Legacy):
 
     def _on_lost(self, flight: Flight | None, host: str, number: int, pid: int) -> None:
         """A worker has died: its task is lost with it, and another takes its place."""
-        if flight is not None and self._stopping is not None:
-            self._finish(flight, "CANCELED", {})  # the pool is being closed
-        elif flight is not None and flight.number not in self._halts:  # else we have killed it
+        if self._stopping is not None:  # it is we who end them
+            return
+        if flight is not None and flight.number not in self._halts:  # else we have killed it
             error = WorkerLostError(
                 f"the worker process that ran task '{flight.uid}' died (pid {pid} on {host}):"
                 " os._exit, a crash, or killed, for example for its memory",
