@@ -179,7 +179,7 @@ async def _templates(folder: str) -> None:
     one, two, three = await work.run(
         ComputeTask(
             executable="/bin/sh",
-            arguments=["-c", "pwd; echo $A"],
+            arguments=["-c", "cat; pwd; echo $A"],  # cat: nothing is there to be read
             **options(process_template={"cwd": folder, "env": {"A": "set"}}),
         ),
         ComputeTask(

@@ -14,6 +14,7 @@ import os
 import pickle
 import queue as queues
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -254,8 +255,11 @@ class Crew:
         if flight.data is None:
             from rhapsody.runtime.commands import command_of
 
-            words = command_of(flight.task)
-            return words[0], tuple(words[1:])
+            name, *words = command_of(flight.task)
+            if "stdin" in flight.jobs[rank][1]:
+                return name, tuple(words)
+            # Dragon leaves a pipe open there, at which who reads would wait for good (0.15.0).
+            return "/bin/sh", ("-c", 'exec "$0" "$@" </dev/null', _found(name), *words)
         path = f"{flight.jobs[rank][1]['stdout']}.result"
         return remote.run_rank, (self._site, flight.number, rank, flight.data, path)
 
@@ -323,3 +327,8 @@ class Crew:
 def _on_host(host: str) -> Any:
     policy: Any = importlib.import_module("dragon.infrastructure.policy").Policy
     return policy(placement=policy.Placement.HOST_NAME, host_name=host)
+
+
+def _found(executable: str) -> str:
+    """The path of an executable, as Dragon finds it: here, not where it will run."""
+    return os.path.abspath(shutil.which(executable) or executable)

@@ -11,7 +11,6 @@ import contextlib
 import importlib
 import os
 import pickle
-import shutil
 import signal
 import threading
 import time
@@ -251,10 +250,6 @@ class GangCrew(Crew):
             for stream in ("stdout", "stderr"):
                 if str(fields[stream]).endswith(f"/{flight.uid}.{rank}.{stream}"):
                     del fields[stream]
-        elif "stdin" not in fields:
-            # Dragon leaves a pipe open there, at which who reads would wait for good (0.15.0).
-            args = ("-c", 'exec "$0" "$@" </dev/null', _found(target), *args)
-            target = "/bin/sh"
         return kind(target, args=args, **fields)
 
     def _target(self, flight: Flight, rank: int) -> tuple[Any, tuple[Any, ...]]:
@@ -292,11 +287,6 @@ class GangCrew(Crew):
             # The exit codes are known; a group over several nodes raises here in 0.15.0.
             with contextlib.suppress(Exception):
                 gang.group.close()
-
-
-def _found(executable: str) -> str:
-    """The path of an executable, as Dragon finds it: here, not where it will run."""
-    return os.path.abspath(shutil.which(executable) or executable)
 
 
 def _group(pmi: str, templates: list[Any]) -> Any:
