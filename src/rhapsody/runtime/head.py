@@ -4,12 +4,12 @@ Dragon starts this file in the place of the script: `head.py FOLDER BEAT SCRIPT 
 script runs in a child of its own, as `python SCRIPT` would run it, so that its end is seen however
 it comes, and its exit code is known also where Dragon's launcher does not pass it on.
 
-`FOLDER` is the run's, made by the supervisor (see `launcher`), with two files in it. `REPORT` has
-the lines `begun HOST PID`, `beat N` with an `N` that grows each `BEAT` seconds (0: never), and at
-the end `ended CODE`. `STOP` is for us: once there is something in it, the script gets a Ctrl-C.
-Both are there from the start and are opened anew each time, because a network file system shows to
-another host only what was closed, and is slow to show new names. On one host the supervisor signals
-the script itself, and `BELL`, a named pipe, tells it to read the report; elsewhere there is none.
+`FOLDER` is the run's, made by the supervisor (see `run_folder`), with two files in it. `REPORT` has
+the lines `begun HOST PID HEAD`, `beat N` with an `N` that grows each `BEAT` seconds (0: never), and
+at the end `ended CODE`. `STOP` is for us: with something in it, the script gets a Ctrl-C. Both are
+there from the start and are opened anew each time, because a network file system shows to another
+host only what was closed, and is slow to show new names. On one host the supervisor signals the
+script itself, and `BELL`, a named pipe, tells it to read the report; elsewhere there is none.
 
 It stands alone: nothing but the standard library, and as little of that as will do.
 """
@@ -43,7 +43,7 @@ def main() -> None:
         _die_with(parent)
         os.execv(sys.executable, [sys.executable, *command])  # noqa: S606 - a shell is not wanted
     signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
-    report = f"begun {socket.gethostname()} {pid}\n"
+    report = f"begun {socket.gethostname()} {pid} {parent}\n"
     _write(folder, report)
     if float(beat):
         report = _beat(folder, float(beat), pid, report)

@@ -16,20 +16,18 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import shlex
 import shutil
 import signal
 import sys
-import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from . import head, keeper, offspring, warden
 from .keeper import BEAT_SECONDS, LOST_BEATS
 from .launcher_output import LauncherOutput
+from .run_folder import Report, make_folder, read_report, with_programs
 from .segments import Segments
 
 __all__ = ["Job", "supervise"]
@@ -44,13 +42,6 @@ _AT_ONCE = 4096  # bytes that a pipe which is ready takes without blocking (PIPE
 _AHEAD = 1 << 16  # bytes that we take from the launcher before our own reader took them
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-_NO_CLEANUP = """\
-#!/bin/sh
-# In the place of dragon-cleanup while `rhapsody launch` runs Dragon: the launcher calls that one
-# when something went wrong, and it takes all that the user has, other runs and Pythons too.
-exit 0
-"""
-
 
 @dataclass(frozen=True)
 class Job:
@@ -63,15 +54,6 @@ class Job:
     shared_dir: str | None = None  # where all nodes see it; for several nodes
 
 
-class _Report(NamedTuple):
-    """What the head has told so far."""
-
-    host: str = ""
-    pid: int = 0
-    beat: int = 0
-    ended: int | None = None
-
-
 def supervise(job: Job) -> int:
     """Run a job to its end, and return the exit code for it; nothing of it is left then.
 
@@ -80,7 +62,7 @@ def supervise(job: Job) -> int:
     """
     offspring.adopt()
     segments = Segments()
-    folder = _make_folder(job)
+    folder = make_folder(job.environ, job.shared_dir if job.several else None)
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -108,26 +90,6 @@ def supervise(job: Job) -> int:
     _end_all(job, folder, segments)
     shutil.rmtree(folder, ignore_errors=True)
     return code
-
-
-def _make_folder(job: Job) -> str:
-    folder = tempfile.mkdtemp(prefix="rhapsody-launch-", dir=job.shared_dir)
-    for name in (head.REPORT, head.STOP, keeper.ALIVE):
-        with open(os.path.join(folder, name), "wb"):
-            pass
-    if not job.several:
-        os.mkfifo(os.path.join(folder, head.BELL))
-    programs = {"dragon-cleanup": _NO_CLEANUP}
-    backend = shutil.which("dragon-backend", path=job.environ.get("PATH"))
-    if job.several and backend is not None:
-        words = [sys.executable, "-P", "-m", keeper.__name__, folder, backend]
-        programs["dragon-backend"] = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
-    os.mkdir(os.path.join(folder, "bin"))
-    for name, text in programs.items():
-        with open(os.path.join(folder, "bin", name), "w") as file:
-            file.write(text)
-            os.fchmod(file.fileno(), 0o755)
-    return folder
 
 
 @contextlib.contextmanager
@@ -174,7 +136,7 @@ class _Supervisor:
         self.folder = folder
         self.control = control
         self.segments = segments
-        self.report = _Report()
+        self.report = Report()
         self.beats = 0
         self.missed = 0  # beats of the workflow's
         self.verdict: int | None = None  # the exit code, where it is not the workflow's
@@ -216,7 +178,7 @@ class _Supervisor:
         script, *arguments = self.job.workflow
         beat = BEAT_SECONDS if self.job.several else 0
         line = [*self.job.line, head.__file__, self.folder, str(beat), script, *arguments]
-        path = os.path.join(self.folder, "bin") + os.pathsep + self.job.environ.get("PATH", "")
+        path = with_programs(self.folder, self.job.environ.get("PATH", ""))
         self.launcher = os.posix_spawn(
             line[0],
             line,
@@ -283,15 +245,15 @@ class _Supervisor:
     # ------------------------------------------------------------------ the workflow's output
 
     def on_output(self) -> None:
-        assert self.pipe is not None
+        if self.pipe is None:  # closed in this same turn
+            return
         data = os.read(self.pipe, _AHEAD)
         if not data:
             self.close_pipe()
             return
         ours, dragons = self.output.sort(data)
-        self.out += ours
-        if self.deaf:
-            self.out.clear()
+        if not self.deaf:
+            self.out += ours
         if dragons:
             _write_error(dragons)
         if self.output.code is not None:
@@ -325,7 +287,7 @@ class _Supervisor:
 
     def take_report(self) -> None:
         """Read what the head has told, and notice its begin and its end."""
-        before, self.report = self.report, _read_report(self.folder) or self.report
+        before, self.report = self.report, read_report(self.folder) or self.report
         if self.report.host and not before.host:
             self.segments.look(offspring.pids())
         self.missed = 0 if self.report != before or not self.report.host else self.missed + 1
@@ -355,8 +317,10 @@ class _Supervisor:
 
     def is_over(self) -> bool:
         """Whether the workflow has ended, or was killed, so that Dragon's line is Dragon's."""
-        self.report = _read_report(self.folder) or self.report
-        return self.report.ended is not None or self.report.pid not in offspring.pids()
+        self.report = read_report(self.folder) or self.report
+        if self.report.ended is not None or self.job.several:  # there Dragon has no such line
+            return self.report.ended is not None
+        return self.report.head not in offspring.pids()
 
     def on_head_end(self) -> None:
         if not self.head_gone:
@@ -442,27 +406,6 @@ class _Supervisor:
             )
             return 1
         return self.status if self.status >= 0 else 128 - self.status
-
-
-def _read_report(folder: str) -> _Report | None:
-    """Read the head's report; None where it cannot be read now, or is being written."""
-    try:
-        with open(os.path.join(folder, head.REPORT), encoding="utf-8") as file:
-            text = file.read()
-    except OSError:
-        return None
-    if not text.endswith("\n"):
-        return None
-    report = _Report()
-    for line in text.splitlines():
-        word, *rest = line.split()
-        if word == "begun":
-            report = report._replace(host=rest[0], pid=int(rest[1]))
-        elif word == "beat":
-            report = report._replace(beat=int(rest[0]))
-        else:
-            report = report._replace(ended=int(rest[0]))
-    return report
 
 
 def _bell_of_children() -> int:

@@ -1,0 +1,90 @@
+"""The folder of a run of `rhapsody launch`: what crosses processes and hosts, and stand-ins.
+
+What is in it: the head's report, the wish to stop and the bell (see `head`), the count that says
+that the supervisor lives (see `keeper`), and `bin`, the first folder on Dragon's PATH.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from . import head, keeper
+
+__all__ = ["Report", "make_folder", "read_report", "with_programs"]
+
+_NO_CLEANUP = """\
+#!/bin/sh
+# In the place of dragon-cleanup while `rhapsody launch` runs Dragon: the launcher calls that one
+# when something went wrong, and it takes all that the user has, other runs and Pythons too.
+exit 0
+"""
+
+
+class Report(NamedTuple):
+    """What the head has told so far."""
+
+    host: str = ""
+    pid: int = 0  # of the workflow
+    head: int = 0  # of the head
+    beat: int = 0
+    ended: int | None = None
+
+
+def make_folder(environ: Mapping[str, str], shared_dir: str | None) -> str:
+    """Make a run's folder, and return its path: where all nodes see it, or None for one node."""
+    folder = tempfile.mkdtemp(prefix="rhapsody-launch-", dir=shared_dir)
+    for name in (head.REPORT, head.STOP, keeper.ALIVE):
+        with open(os.path.join(folder, name), "wb"):
+            pass
+    if shared_dir is None:
+        os.mkfifo(os.path.join(folder, head.BELL))
+    programs = {"dragon-cleanup": _NO_CLEANUP}
+    backend = shutil.which("dragon-backend", path=environ.get("PATH"))
+    if shared_dir is not None and backend is not None:
+        words = [sys.executable, "-P", "-m", keeper.__name__, folder, backend]
+        programs["dragon-backend"] = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
+    os.mkdir(os.path.join(folder, "bin"))
+    for name, text in programs.items():
+        with open(os.path.join(folder, "bin", name), "w") as file:
+            file.write(text)
+            os.fchmod(file.fileno(), 0o755)
+    return folder
+
+
+def read_report(folder: str) -> Report | None:
+    """Read the head's report; None where it cannot be read now, or is being written."""
+    try:
+        with open(os.path.join(folder, head.REPORT), encoding="utf-8") as file:
+            text = file.read()
+    except OSError:
+        return None
+    if not text.endswith("\n"):
+        return None
+    try:
+        return _parsed(text)
+    except (ValueError, IndexError):  # half a write; the next look finds the whole
+        return None
+
+
+def _parsed(text: str) -> Report:
+    report = Report()
+    for line in text.splitlines():
+        word, *rest = line.split()
+        if word == "begun":
+            report = report._replace(host=rest[0], pid=int(rest[1]), head=int(rest[2]))
+        elif word == "beat":
+            report = report._replace(beat=int(rest[0]))
+        else:
+            report = report._replace(ended=int(rest[0]))
+    return report
+
+
+def with_programs(folder: str, path: str) -> str:
+    """Return a PATH on which the programs of the folder come first."""
+    return os.path.join(folder, "bin") + os.pathsep + path
