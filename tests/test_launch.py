@@ -241,8 +241,8 @@ def report(word):
 what = sys.argv[2]
 print("to stdout", end="", flush=True)
 if what == "wait":
-    report("up")
     try:
+        report("up")
         time.sleep(1000)
     except KeyboardInterrupt:
         report("asked")

@@ -80,17 +80,17 @@ def _leaves_nothing(request: pytest.FixtureRequest, folder: Path) -> Iterator[No
         place.kill_all()
 
 
-def launched(place: Place, folder: Path, *words: str, script: str = "workflow.py") -> Running:
+def launched(place: Place, folder: Path, *words: str) -> Running:
     hosts = ["--hosts", ",".join(place.hosts)] if isinstance(place, Nodes) else []
     # env: whoever started the tests may ignore Ctrl-C, and then a launch would too.
     line = ["env", "--default-signal=INT,TERM,HUP", sys.executable, "-m", "rhapsody", "launch"]
     (folder / "tmp").mkdir(exist_ok=True)
     env = {**small.environment(), "TMPDIR": str(folder / "tmp")}
-    return place.start([*line, "--dragon", *hosts, script, *words], env=env, cwd=folder)
+    return place.start([*line, "--dragon", *hosts, "workflow.py", *words], env=env, cwd=folder)
 
 
-def run(place: Place, folder: Path, *words: str, script: str = "workflow.py") -> Result:
-    return launched(place, folder, *words, script=script).wait(UP + END)
+def run(place: Place, folder: Path, *words: str) -> Result:
+    return launched(place, folder, *words).wait(UP + END)
 
 
 def test_output_arguments_and_exit_code(sandbox: Sandbox, folder: Path) -> None:
@@ -101,9 +101,11 @@ def test_output_arguments_and_exit_code(sandbox: Sandbox, folder: Path) -> None:
     assert result.stderr == ""
 
 
-def test_an_exception_is_shown_and_is_code_1(sandbox: Sandbox, folder: Path) -> None:
-    result = run(sandbox, folder, script="raises.py")
+def test_an_exception_is_shown_also_on_a_small_machine(sandbox: Sandbox, folder: Path) -> None:
+    line = [sys.executable, "-m", "rhapsody", "launch", "--dragon", "--small-machine", "raises.py"]
+    result = sandbox.run(line, timeout=END, cwd=folder)
     assert result.code == 1, result
+    assert result.stderr.startswith("rhapsody: --small-machine: ")
     assert "NameError: name 'pritn' is not defined" in result.stderr
     assert result.stdout == ""
 
@@ -128,13 +130,19 @@ def test_a_signal_lets_the_workflow_close(
     assert "killing" not in result.stderr, result
 
 
-def test_a_second_ctrl_c_ends_all_at_once(sandbox: Sandbox, folder: Path) -> None:
+def test_a_second_ctrl_c_ends_all_of_this_run_and_nothing_else(
+    sandbox: Sandbox, folder: Path
+) -> None:
+    other = "DD012def0M"  # a pool as another run of the same user has it
+    sandbox.run(["touch", f"/dev/shm/{other}"])
     running = launched(sandbox, folder, "wait")
     running.wait_for("up", UP)
     running.signal(signal.SIGINT)
     running.wait_for("asked", END)
     running.signal(signal.SIGINT)
     assert running.wait(10).code == 130
+    assert sandbox.left() == [f"/dev/shm/{other}"]
+    sandbox.run(["rm", f"/dev/shm/{other}"])
 
 
 def test_ctrl_c_while_dragon_starts(sandbox: Sandbox, folder: Path) -> None:
@@ -146,7 +154,7 @@ def test_ctrl_c_while_dragon_starts(sandbox: Sandbox, folder: Path) -> None:
     assert running.wait(END).code == 130
 
 
-@pytest.mark.parametrize("victim", ["caller", "launcher", "head.py", "workflow.py"])
+@pytest.mark.parametrize("victim", ["caller", "launcher", "head.py"])
 def test_whoever_is_killed_all_the_others_go(sandbox: Sandbox, folder: Path, victim: str) -> None:
     running = launched(sandbox, folder, "wait")
     running.wait_for("up", UP)
@@ -154,7 +162,7 @@ def test_whoever_is_killed_all_the_others_go(sandbox: Sandbox, folder: Path, vic
         running.signal(signal.SIGKILL)
     else:
         # argv: interpreter, program, arguments; the launcher's has all the others' names.
-        words = {"launcher": "/dragon", "head.py": "/head.py", "workflow.py": "workflow.py"}
+        words = {"launcher": "/dragon", "head.py": "/head.py"}
         (pid,) = [
             pid
             for pid, line in sandbox.processes().items()
@@ -164,32 +172,12 @@ def test_whoever_is_killed_all_the_others_go(sandbox: Sandbox, folder: Path, vic
     assert running.wait(END).code == (-signal.SIGKILL if victim == "caller" else 137)
 
 
-def test_what_others_have_in_shared_memory_stays(sandbox: Sandbox, folder: Path) -> None:
-    other = "DD012def0M"  # as another run of the same user has it
-    sandbox.run(["touch", f"/dev/shm/{other}"])
-    running = launched(sandbox, folder, "wait")
-    running.wait_for("up", UP)
-    running.signal(signal.SIGINT)
-    running.signal(signal.SIGTERM)
-    running.wait(END)
-    assert sandbox.left() == [f"/dev/shm/{other}"]
-    sandbox.run(["rm", f"/dev/shm/{other}"])
-
-
 def test_too_little_shared_memory_is_said(sandbox: Sandbox, folder: Path) -> None:
     with Sandbox("512m") as place:
         result = run(place, folder, "end")
     assert result.code == 2
     assert "512 MiB are free, and Dragon needs more than 1,024 MiB" in result.stderr
     assert "--shm-size" in result.stderr
-    assert len(result.stderr.splitlines()) == 1
-
-
-def test_small_machine_says_so_and_runs(sandbox: Sandbox, folder: Path) -> None:
-    line = [sys.executable, "-m", "rhapsody", "launch", "--dragon", "--small-machine"]
-    result = sandbox.run([*line, "workflow.py", "end"], timeout=UP + END, cwd=folder)
-    assert result.code == 5, result
-    assert "--small-machine" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
@@ -208,20 +196,14 @@ def test_two_nodes_let_the_workflow_close(two_nodes: Nodes, folder: Path) -> Non
     assert running.wait(END).code == 143
 
 
-@pytest.mark.parametrize("victim", ["caller", "launcher"])
-def test_whoever_is_killed_no_node_keeps_anything(
-    two_nodes: Nodes, folder: Path, victim: str
-) -> None:
+def test_a_caller_that_is_killed_and_no_node_keeps_anything(two_nodes: Nodes, folder: Path) -> None:
     running = launched(two_nodes, folder, "wait")
     running.wait_for("up", UP)
-    if victim == "launcher":
-        (pid,) = [p for p, line in two_nodes.processes().items() if "/dragon " in line]
-        os.kill(pid, signal.SIGKILL)
-    else:
-        running.signal(signal.SIGKILL)
-    running.wait(END)
+    running.signal(signal.SIGKILL)
+    assert running.wait(END).code == -signal.SIGKILL
 
 
+@pytest.mark.multinode
 def test_a_node_that_dies_and_a_workflow_that_leaves(folder: Path) -> None:
     """Dragon's launcher hangs then; ours gives it 15 s, tells it, and ends it 10 s later."""
     with Nodes(2) as nodes:
