@@ -28,9 +28,8 @@ _BUILT_IN: dict[str, tuple[str, str | None, str | None]] = {
     "dragon": (f"{_EXECUTION}.dragon:DragonExecutionBackendV3", "dragon", "dragon"),
 }
 
-# An engine's name in other package managers, where it is another than on PyPI.
-_CONDA = {"dask": "distributed"}
-_SPACK = {"dask": "py-distributed"}
+# The lines of other package managers that have an engine.
+_ELSEWHERE = {"dask": "conda install distributed, spack install py-distributed"}
 
 
 class BackendRegistry:
@@ -97,10 +96,8 @@ def install_hint(name: str) -> str:
     extra = _BUILT_IN[name][2] if name in _BUILT_IN else None
     if extra is None:
         return ""
-    return (
-        f"pip install 'rhapsody-py[{extra}]'  (conda install {_CONDA.get(extra, extra)},"
-        f" spack install {_SPACK.get(extra, 'py-' + extra)})"
-    )
+    elsewhere = f"  ({_ELSEWHERE[extra]})" if extra in _ELSEWHERE else ""
+    return f"pip install 'rhapsody-py[{extra}]'{elsewhere}"
 
 
 def _is_there(name: str) -> bool:

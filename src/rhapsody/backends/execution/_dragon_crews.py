@@ -330,7 +330,14 @@ class _Node:
 
         Few wait, for what waits here no other node can take, and a cancel has to ask for.
         """
+        if time.monotonic() - self._since > 2 * _AHEAD:
+            self._pace = 0  # what runs now is of another kind
         return self.workers + min(max(1, self._pace), _QUEUE - self.workers) - self.load
+
+    @property
+    def share(self) -> float:
+        """How much there is to do for each worker."""
+        return self.load / self.workers
 
     def over(self) -> None:
         """An order has ended."""
@@ -485,13 +492,14 @@ class PoolCrew(Crew):
         return bool(self._waiting) and any(node.room() > 0 for node in self._nodes.values())
 
     def _assign(self) -> list[tuple[Flight, str]]:
-        """Take what there is room for, and say where it goes: to the node with the most room."""
+        """Take what there is room for, and say where it goes: to the node with the least to do."""
         orders: list[tuple[Flight, str]] = []
         room = {host: node.room() for host, node in self._nodes.items()}
         while self._waiting:
-            host = max(room, key=room.__getitem__)
-            if room[host] <= 0:
+            free = [host for host, left in room.items() if left > 0]
+            if not free:
                 break
+            host = min(free, key=lambda host: self._nodes[host].share)
             flight = self._waiting.popleft()
             if flight.ended or flight in self._withdrawn:
                 self._withdrawn.discard(flight)
