@@ -38,6 +38,12 @@ _ENTER = (
 )
 
 
+def _heed_signals() -> None:
+    """A background job of a shell ignores these, and so would all that it starts."""
+    for number in (signal.SIGINT, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class _Box:
     """Namespaces that a first process holds, by whose end everything in them ends."""
 
@@ -61,6 +67,7 @@ class _Box:
             stderr=subprocess.PIPE,
             env={**os.environ, "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin"},
             start_new_session=True,  # Ctrl-C is the test run's, which then takes this down
+            preexec_fn=_heed_signals,
         )
         assert self._starter.stdout is not None
         if self._starter.stdout.readline() != b"ready\n":
@@ -179,6 +186,7 @@ class _Place:
             text=True,
             errors="replace",
             env=variables,
+            preexec_fn=_heed_signals,
         )
         return Running(process, self.kill_all)
 
