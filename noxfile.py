@@ -100,10 +100,23 @@ asyncio.run(main())
 def integration(session: nox.Session) -> None:
     """Real clusters: containers and Slurm. Installs what they need through apt where it is root."""
     session.install(
-        "-e", ".[dev,dask]", "numpy", "dask-jobqueue>=0.9", "docker>=7", "testcontainers>=4.8"
+        "-e",
+        ".[dev,dask]",
+        "dask-jobqueue>=0.9",
+        "docker>=7",
+        "testcontainers>=4.8",
+        *_locked("dask", "distributed", "msgpack", "tornado"),
+        "pip",
     )
     session.run("python", "-m", "tests.integration.machine")
     session.run("pytest", "tests/integration", "-m", "integration", *session.posargs)
+
+
+def _locked(lock: str, *names: str) -> list[str]:
+    """Packages in the versions that an image has: client and cluster speak one protocol."""
+    lines = Path("containers", "locks", f"{lock}.txt").read_text().splitlines()
+    versions = (line.removesuffix(" \\") for line in lines if "==" in line)
+    return [one for one in versions if one.partition("==")[0] in names]
 
 
 @nox.session(python="3.11")  # dragonhpc has wheels for 3.11 to 3.13
@@ -122,3 +135,48 @@ def _on_dragon(session: nox.Session, marked: str) -> None:
     session.install("-e", ".[dev,dask,dragon]")
     session.run("python", "-m", "tests.on_dragon.machine")
     session.run("pytest", "tests/on_dragon", "-m", marked, *session.posargs)
+
+
+@nox.session(python="3.11")  # that of the images: their tools come from wheels for it
+def images(session: nox.Session) -> None:
+    """Build the images, and use them in Docker. As root; installs what is missing through apt."""
+    _on_images(session, "images")
+
+
+@nox.session(python="3.11")
+def sif(session: nox.Session) -> None:
+    """Build the SIF, and use it in Apptainer, as root and not, on one node and on two."""
+    _on_images(session, "sif")
+
+
+def _on_images(session: nox.Session, marked: str) -> None:
+    session.install("-e", ".[dev,dask]", "pip", "cyclonedx-bom>=7", "debsbom>=0.10")
+    session.run("python", "-m", "tests.integration.machine")
+    session.run("pytest", "tests/on_images", "-m", marked, *session.posargs)
+
+
+_LOCKS = Path("containers", "locks")
+# What each image has beside Python itself; `full` is first, and the others have its versions.
+_LOCKED = {
+    "full": ["pyproject.toml", "--extra", "dask", "--extra", "dragon", f"{_LOCKS}/mpi.in"],
+    "core": ["pyproject.toml"],
+    "dask": ["pyproject.toml", "--extra", "dask"],
+    "dragon": ["pyproject.toml", "--extra", "dragon"],
+    "pip": [f"{_LOCKS}/pip.in"],
+}
+
+
+@nox.session(python=MAIN)
+def lock(session: nox.Session) -> None:
+    """Renew the locks of the images: versions and hashes, of Python 3.11 on Linux."""
+    session.install("uv")
+    for name, wanted in _LOCKED.items():
+        out = _LOCKS / f"{name}.txt"
+        out.unlink(missing_ok=True)  # or its versions would be kept
+        session.run(
+            *("uv", "pip", "compile", "--quiet", "--generate-hashes", "--no-header"),
+            *("--no-annotate", "--only-binary", ":all:", "--python-version", "3.11"),
+            *("--python-platform", "x86_64-manylinux_2_36", "--output-file", str(out)),
+            *(() if name == "full" else ("--constraint", str(_LOCKS / "full.txt"))),
+            *wanted,
+        )

@@ -83,7 +83,7 @@ def test_hosts_that_ssh_would_misread_are_refused(hosts: tuple[str, ...]) -> Non
 
 
 def test_shared_memory_that_is_too_small_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ResourceError, match=r"there is none.*1,024 MiB.*--shm-size"):
+    with pytest.raises(ResourceError, match=r"there is none.*4,272 MiB.*--shm-size"):
         dragon_line.check_shared_memory(str(tmp_path / "none"))
 
 

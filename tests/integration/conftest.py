@@ -16,6 +16,9 @@ import pytest
 os.environ["TESTCONTAINERS_RYUK_DISABLED"] = "true"
 
 from . import docker_engine, machine, slurm_site
+from .fixtures import engine, ledger
+
+__all__ = ["engine", "ledger"]
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -34,36 +37,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def ledger() -> machine.Ledger:
-    """The machine has what the tests need, and nothing that an earlier run left."""
-    machine.install()
-    ledger = machine.Ledger()
-    slurm_site.sweep(ledger)
-    for name in ledger.sweep():
-        sys.stderr.write(f"swept {name}, which an earlier test run left\n")
-    return ledger
-
-
-@pytest.fixture(scope="session")
-def engine(ledger: machine.Ledger) -> Iterator[None]:
-    """A Docker Engine."""
-    daemon = docker_engine.start(ledger)
-    try:
-        docker_engine.sweep()
-        yield
-    finally:
-        docker_engine.sweep()
-        if daemon is not None:
-            ledger.stop(daemon.pid)
-            daemon.wait()
-
-
-@pytest.fixture(scope="session")
 def dask_image(engine: None) -> str:
     """The image with Dask and rhapsody, of this interpreter's version."""
-    image = docker_engine.ensure_image("dask")
+    docker_engine.build("dask")
+    image = docker_engine.image("dask")
     script = "import sys; print('%d.%d' % sys.version_info[:2])"
-    there = docker_engine.docker("run", "--rm", "--entrypoint", "python", image, "-c", script)
+    there = docker_engine.docker("run", "--rm", image, "python", "-c", script)
     here = "{}.{}".format(*sys.version_info[:2])
     if there != here:
         pytest.fail(

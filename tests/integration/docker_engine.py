@@ -6,13 +6,10 @@ and stopped after it; its store stays in the cache, because building an image ta
 
 from __future__ import annotations
 
-import hashlib
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
-from importlib.metadata import distribution, version
 from pathlib import Path
 
 from . import machine
@@ -21,7 +18,8 @@ from . import machine
 LABEL = "org.rhapsody.integration"
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE_IMAGE = "rhapsody-integration/base:bookworm"
+#: what all images of `containers/` carry
+TITLE = "org.opencontainers.image.title=rhapsody"
 
 
 def docker_command() -> str:
@@ -105,103 +103,27 @@ def sweep() -> list[str]:
     return swept
 
 
-def ensure_base_image() -> str:
-    """Debian with Python, made by mmdebstrap from the machine's own mirror."""
-    if docker("image", "ls", "-q", BASE_IMAGE):
-        return BASE_IMAGE
-    targets = subprocess.run(
-        ["apt-get", "indextargets", "--format", "$(REPO_URI)", "Created-By: Packages"],
-        capture_output=True,
+def build(*targets: str, name: str = "rhapsody-test", options: tuple[str, ...] = ()) -> None:
+    """Build targets of ``containers/``, as a user of them does; the engine's cache makes it quick.
+
+    Raises:
+        RuntimeError: it failed, with all that was said.
+    """
+    line = [sys.executable, str(ROOT / "containers" / "build"), "--base", "mmdebstrap"]
+    done = subprocess.run(
+        [*line, "--engine", "docker", "--name", name, *options, *targets],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
         text=True,
-        check=True,
-    ).stdout.split()
-    mirror = next(uri for uri in targets if "security" not in uri)
-    with tempfile.TemporaryDirectory() as folder:
-        tar = Path(folder) / "base.tar"
-        command = [
-            machine.which("mmdebstrap") or "mmdebstrap",
-            "--variant=minbase",
-            "--include=python3,python3-venv,ca-certificates",
-            *(f"--dpkgopt=path-exclude=/usr/share/{d}/*" for d in ("man", "doc", "locale")),
-            '--customize-hook=rm -rf "$1"/var/lib/apt/lists/* "$1"/var/cache/*',
-            "--skip=output/dev",  # device nodes would break a later SIF build
-            "bookworm",
-            str(tar),
-            mirror,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"mmdebstrap failed:\n{done.stderr[-2000:]}")
-        path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        docker("import", "--change", f"ENV {path}", str(tar), BASE_IMAGE)
-    return BASE_IMAGE
-
-
-def _requirements() -> str:
-    """The versions that this process runs, so that client and cluster speak one protocol."""
-    from packaging.requirements import Requirement
-
-    found: dict[str, str] = {}
-    todo = ["distributed", "numpy", "cryptography", "rhapsody-py"]
-    while todo:
-        name = todo.pop()
-        if name in found:
-            continue
-        found[name] = version(name)
-        for line in distribution(name).requires or []:
-            requirement = Requirement(line)
-            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
-                todo.append(requirement.name.lower())
-    del found["rhapsody-py"]
-    return "".join(f"{name}=={found[name]}\n" for name in sorted(found))
-
-
-def _wheels(folder: Path) -> None:
-    """Fill a folder with our wheel and every wheel that the images need."""
-    requirements = _requirements()
-    key = hashlib.sha256(requirements.encode()).hexdigest()[:16]
-    cached = machine.CACHE / "wheels" / key
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    if not cached.exists():
-        fresh = cached.with_suffix(f".{os.getpid()}")
-        fresh.mkdir(parents=True)
-        (fresh / "requirements.txt").write_text(requirements)
-        options = ["--dest", str(fresh), "--no-deps", "--only-binary=:all:"]
-        _run([*pip, "download", *options, "-r", str(fresh / "requirements.txt")])
-        fresh.rename(cached)
-    shutil.copytree(cached, folder)
-    _run([*pip, "wheel", "--no-deps", "--wheel-dir", str(folder), str(ROOT)])
-
-
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
+    )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+        raise RuntimeError(f"containers/build {' '.join(targets)} failed:\n{done.stdout}")
+    # What an earlier build of these was, and is no more.
+    ours = f"label={TITLE}"
+    docker("image", "prune", "--force", "--filter", ours)
 
 
-def _digest() -> str:
-    """A name for what goes into the image: Dockerfile, our sources, versions beside them."""
-    sources = [ROOT / "containers" / "Dockerfile", ROOT / "pyproject.toml"]
-    sources += sorted((ROOT / "src").rglob("*.py"))
-    digest = hashlib.sha256(_requirements().encode())
-    for source in sources:
-        digest.update(str(source.relative_to(ROOT)).encode() + b"\0" + source.read_bytes())
-    return digest.hexdigest()[:16]
-
-
-def ensure_image(target: str) -> str:
-    """Build a target of ``containers/Dockerfile`` unless an image of the same content is there."""
-    image = f"rhapsody-integration/{target}:{_digest()}"
-    if docker("image", "ls", "-q", image):
-        return image
-    base = ensure_base_image()
-    with tempfile.TemporaryDirectory() as folder:
-        context = Path(folder)
-        _wheels(context / "wheels")
-        shutil.copy(ROOT / "containers" / "Dockerfile", context)
-        options = ["--build-arg", f"BASE_IMAGE={base}", "--target", target, "--tag", image]
-        docker("build", *options, str(context))
-    for old in docker("image", "ls", "--format", "{{.Repository}}:{{.Tag}}").split():
-        if old.startswith(f"rhapsody-integration/{target}:") and old != image:
-            docker("image", "rm", old, check=False)
-    return image
+def image(target: str) -> str:
+    """The name of an image that `build` has made."""
+    return f"rhapsody-test-{target}:latest"

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 #: Debian packages, by the command that shows that they are there.
@@ -27,9 +27,6 @@ PACKAGES = {
     "slurmctld": ["slurmctld", "slurmd", "slurm-client"],
     "munged": ["munge"],
 }
-
-#: Python packages beside rhapsody's own extra ``dask``.
-PYTHON_PACKAGES = ["dask-jobqueue>=0.9", "docker>=7", "testcontainers>=4.9", "numpy"]
 
 #: Survives a checkout: images and the container store are worth minutes.
 CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rhapsody-integration"
@@ -42,19 +39,19 @@ def which(command: str) -> str | None:
     return shutil.which(command, path=f"{os.environ.get('PATH', '')}:{_SBIN}")
 
 
-def missing_packages() -> list[str]:
+def missing_packages(wanted: Mapping[str, Sequence[str]] = PACKAGES) -> list[str]:
     """The Debian packages that are not installed, in the order to install them."""
-    return [p for command, ps in PACKAGES.items() if which(command) is None for p in ps]
+    return [p for command, ps in wanted.items() if which(command) is None for p in ps]
 
 
-def install() -> None:
+def install(wanted: Mapping[str, Sequence[str]] = PACKAGES) -> None:
     """Install what is missing with apt; a no-op where everything is there.
 
     Raises:
         RuntimeError: something is missing and this is no root account on a Debian, with the line
             that an administrator has to run.
     """
-    packages = missing_packages()
+    packages = missing_packages(wanted)
     if not packages:
         return
     line = ["apt-get", "install", "-y", "--no-install-recommends", *packages]
@@ -140,4 +137,3 @@ class Ledger:
 if __name__ == "__main__":
     install()
     sys.stdout.write(f"system packages: {'complete' if not missing_packages() else 'MISSING'}\n")
-    sys.stdout.write(f"python packages to install: {' '.join(PYTHON_PACKAGES)}\n")

@@ -45,13 +45,13 @@ class DaskContainers:
         self.image = image
         self.network = network
         self.workers: list[DockerContainer] = []
-        self.scheduler = self._container("scheduler --no-dashboard", "Scheduler at:")
+        self.scheduler = self._container("dask scheduler --no-dashboard", "Scheduler at:")
         self.scheduler.with_network_aliases("scheduler").start()
 
     def _container(self, command: str, ready: str, **options: Any) -> DockerContainer:
         return (
             DockerContainer(self.image)
-            .with_kwargs(labels={docker_engine.LABEL: "1"}, init=True, **options)
+            .with_kwargs(labels={docker_engine.LABEL: "1"}, **options)
             .with_network(self.network)
             .with_env("DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP", _SILENCE)
             .with_command(command)
@@ -60,7 +60,7 @@ class DaskContainers:
 
     def add_worker(self, **options: Any) -> DockerContainer:
         name = f"w{len(self.workers)}"
-        words = ["worker", "tcp://scheduler:8786", "--nthreads", "1", "--name", name]
+        words = ["dask", "worker", "tcp://scheduler:8786", "--nthreads", "1", "--name", name]
         words += ["--no-dashboard", "--memory-limit", "1GiB"]
         worker = self._container(" ".join(words), "Registered to:", **options)
         self.workers.append(worker.start())

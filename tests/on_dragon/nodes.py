@@ -256,7 +256,7 @@ class Sandbox(_Place):
     """One node: the machine's own name and network, its own processes and shared memory.
 
     Args:
-        shm: the size of /dev/shm, as mount(8) has it; used as it is written. Dragon needs 1 GiB.
+        shm: the size of /dev/shm, as mount(8) has it; used as it is written. Dragon needs 4.2 GiB.
         network: give it a network of its own, which has loopback only.
     """
 

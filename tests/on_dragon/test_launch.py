@@ -176,7 +176,7 @@ def test_too_little_shared_memory_is_said(sandbox: Sandbox, folder: Path) -> Non
     with Sandbox("512m") as place:
         result = run(place, folder, "end")
     assert result.code == 2
-    assert "512 MiB are free, and Dragon needs more than 1,024 MiB" in result.stderr
+    assert "512 MiB are free, and Dragon needs 4,272 MiB" in result.stderr
     assert "--shm-size" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

@@ -106,7 +106,7 @@ def test_too_little_shared_memory_is_said_at_once(tmp_path: Path) -> None:
     with Sandbox(shm="512m") as place:
         result = place.run(_line(tmp_path, "one"), env=small.environment(), cwd=tmp_path)
         assert result.code == 1
-        assert "/dev/shm: 512 MiB are free, and Dragon needs more than 1,024 MiB" in result.stderr
+        assert "/dev/shm: 512 MiB are free, and Dragon needs 4,272 MiB" in result.stderr
         assert place.left() == []
 
 

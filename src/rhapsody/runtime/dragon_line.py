@@ -16,10 +16,12 @@ from typing import NamedTuple
 from .errors import ResourceError
 from .segments import SHARED_MEMORY, free_bytes
 
-__all__ = ["NEEDED_BYTES", "Line", "check_shared_memory", "find_launcher", "line_for"]
+__all__ = ["POOL_SIZE", "Line", "check_shared_memory", "find_launcher", "line_for", "needed_bytes"]
 
-#: of /dev/shm: below it Dragon cannot make the two pools that it starts with
-NEEDED_BYTES = 1 << 30
+#: the variable for the bytes of the pool that Dragon gives to the programs of a node
+POOL_SIZE = "DRAGON_DEFAULT_SEG_SZ"
+_POOL = 4 << 30  # its default
+_OTHER_POOLS = 1 << 30  # the size of each of the two pools that Dragon makes for itself
 
 # A name or an address; it goes to ssh, where a first dash would begin an option.
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.:-]*[A-Za-z0-9_])?")
@@ -117,19 +119,38 @@ def _allocation(environ: Mapping[str, str]) -> _Allocation | None:
     return None
 
 
-def check_shared_memory(folder: str = SHARED_MEMORY) -> None:
-    """See that there is the shared memory that Dragon needs to start.
+def needed_bytes(environ: Mapping[str, str]) -> int:
+    """Return how much of /dev/shm has to be free for Dragon to start.
+
+    Dragon makes three pools, one after another, and none that is larger than what is free then,
+    although little of it is ever written. A pool has a second file, for its blocks: of 64 MiB and
+    3/256 of the pool's size (seen with 0.15.0). What the pools before it have written comes to that.
+
+    Raises:
+        ResourceError: the size that the environment gives is no number.
+    """
+    given = environ.get(POOL_SIZE) or str(_POOL)
+    if not given.isdigit() or int(given) < 1:
+        raise ResourceError(f"{POOL_SIZE} must be a number of bytes, not {given!r}")
+    largest = max(int(given), _OTHER_POOLS)
+    return largest + largest * 3 // 256 + (2 * 64 << 20)
+
+
+def check_shared_memory(
+    folder: str = SHARED_MEMORY, environ: Mapping[str, str] = os.environ
+) -> None:
+    """See that there is the shared memory that Dragon needs to start; with less it hangs.
 
     Raises:
         ResourceError: there is less; says how a container gets more.
     """
-    free = free_bytes(folder)
-    if free is None or free <= NEEDED_BYTES:
+    free, needed = free_bytes(folder), needed_bytes(environ)
+    if free is None or free < needed:
         found = "there is none" if free is None else f"{free / (1 << 20):,.0f} MiB are free"
         raise ResourceError(
-            f"{folder}: {found}, and Dragon needs more than {NEEDED_BYTES >> 20:,} MiB; remove "
-            "what other runs left there, or give a container more: docker run --shm-size=8g "
-            "(Kubernetes: an emptyDir with medium: Memory on /dev/shm)"
+            f"{folder}: {found}, and Dragon needs {needed >> 20:,} MiB; remove what other runs "
+            "left there, give a container more (docker run --shm-size=6g; Kubernetes: an emptyDir "
+            f"with medium: Memory on /dev/shm), or Dragon a smaller pool: {POOL_SIZE}={1 << 30}"
         )
 
 
