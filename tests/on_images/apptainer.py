@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from ..integration import machine
+from integration import machine
 
 #: Debian packages, by the command that shows that they are there.
 PACKAGES = {

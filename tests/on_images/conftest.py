@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from ..integration import docker_engine
-from ..integration.fixtures import engine, ledger
+from integration import docker_engine
+from integration.fixtures import engine, ledger
+
 from . import apptainer as apptainer_of_debian
 from . import images as built
 

@@ -13,8 +13,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from ..integration import docker_engine
-from ..integration.docker_engine import ROOT, docker
+from integration import docker_engine
+from integration.docker_engine import ROOT, docker
+
 from .apptainer import CACHE
 
 #: what Dragon needs in Docker
@@ -35,7 +36,7 @@ RUN --mount=type=bind,source=wheels,target=/wheels \\
       'rhapsody-py[dev,demo]' && \\
     echo /opt/testing/lib/python3.11/site-packages \\
       > /opt/rhapsody/lib/python3.11/site-packages/testing.pth
-ENV PATH=/opt/rhapsody/bin:/opt/testing/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
+ENV PATH=/opt/rhapsody/bin:/opt/testing/bin:/usr/local/bin:/usr/bin:/bin
 USER rhapsody
 """
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from ..integration import machine
-from ..integration.docker_engine import ROOT, docker, image
+from integration import machine
+from integration.docker_engine import ROOT, docker, image
+
 from .images import in_docker
 
 PACKAGES = {"docker-compose": ["docker-compose"]}

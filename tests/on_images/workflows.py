@@ -1,4 +1,4 @@
-"""The workflow that the tests run in the images, under Dragon and on Dask; it prints what it saw."""
+"""The workflow that the tests run in the images, under Dragon or on Dask."""
 
 import asyncio
 import os
