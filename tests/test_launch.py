@@ -237,7 +237,7 @@ import os, signal, sys, time
 roster = open(sys.argv[1], "w")
 os.set_inheritable(roster.fileno(), True)
 def report(word):
-    print(word, file=roster, flush=True)
+    os.write(roster.fileno(), f"{word}\\n".encode())  # also in the midst of another report
 what = sys.argv[2]
 print("to stdout", end="", flush=True)
 if what == "wait":

@@ -25,6 +25,10 @@ SMALL = "/opt/rhapsody/lib/python3.11/site-packages/rhapsody/runtime/_small"
 #: where the tools of the tests are, in the image and, for the SIF, on the machine
 TOOLS = Path("/opt/testing")
 
+#: the melt example in its smallest form
+SMALL_MELT = ("--temperatures", "0.6", "0.7", "0.8", "--more", "1", "--steps", "800")
+SMALL_MELT += ("--cells", "4")
+
 _numbers = itertools.count()
 _DOCKERFILE = """\
 ARG IMAGE

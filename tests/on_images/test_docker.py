@@ -15,7 +15,7 @@ import pytest
 from integration import docker_engine
 from integration.docker_engine import ROOT, docker, image
 
-from .images import SHM, SMALL, in_docker
+from .images import SHM, SMALL, SMALL_MELT, in_docker
 
 TARGETS = ("core", "dask", "dragon", "full")
 SQUARES = "[0, 1, 4, 9, 16, 25, 36, 49]"
@@ -104,10 +104,9 @@ def test_the_units_of_the_installed_package(tools: str) -> None:
 
 
 def test_the_melt_example(tools: str, folder: Path) -> None:
-    small = ["--temperatures", "0.6", "0.7", "0.8", "--more", "1", "--steps", "800", "--cells", "4"]
     done = in_docker(
         tools,
-        *("rhapsody", "run", "/examples/melt/workflow.py", "--out", "/out/melt", *small),
+        *("rhapsody", "run", "/examples/melt/workflow.py", "--out", "/out/melt", *SMALL_MELT),
         options=[
             "--shm-size=1g",
             f"--volume={ROOT}/examples:/examples:ro",
@@ -192,7 +191,9 @@ def test_a_stop_reaches_what_a_workflow_started(images: None, folder: Path) -> N
     )
     name = f"rhapsody-images-stop-{os.getpid()}"
     options = ["--label", docker_engine.LABEL, f"--volume={folder}:/work", "--workdir=/work"]
-    docker("run", "--detach", "--name", name, *options, image("core"), "python", "workflow.py")
+    docker(
+        "run", "--detach", "--name", name, *options, image("core"), "rhapsody", "run", "workflow.py"
+    )
     try:
         docker_engine.machine.until((folder / "runs").exists, 30, "the task to run")
         began = time.monotonic()
