@@ -18,7 +18,7 @@ from .images import in_docker
 PACKAGES = {"docker-compose": ["docker-compose"]}
 PROJECT = "rhapsody-test"
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(900)
 
 
 class Compose:
