@@ -37,7 +37,8 @@ makes one Batch there, with the same arguments, and runs one workload. The sides
 turns, {repeat} times (A B C, C B A, ...), and a ratio compares two sides within one turn. Given are
 medians, and in brackets the least and the most. 8 tasks run before the clock starts; it stops when
 the last result is in. Memory is the growth of the peak of the driver's resident memory, per task.
-Each side's results are checked. rhapsody-py runs in an environment of its own, from PyPI, on the
+Each side's results are checked. A load above the number of cores says that other work ran on the
+machine meanwhile. rhapsody-py runs in an environment of its own, from PyPI, on the
 same dragonhpc.
 """
 
@@ -46,9 +47,11 @@ FIGURES = (
         "functions",
         "Functions",
         "A function that adds 1 to its argument. Driven directly, it is given to `Batch.function`,"
-        " and `poll` says what has ended, whose result is then taken with `get`.",
+        " and `poll` says what has ended, whose result is then taken with `get`. The second line"
+        " has the results too, but takes them when the clock has stopped.",
         (
             Side("Batch.function", _RAW, "functions", 200, under_dragon=True),
+            Side("Batch.function, poll only", _RAW, "functions-poll", 200, under_dragon=True),
             Side("rhapsody", _OURS, "dragon-functions", 200, under_dragon=True),
             Side("rhapsody-py 0.6.0", _OURS, "dragon-functions", 200, _UPSTREAM, under_dragon=True),
         ),
@@ -63,12 +66,10 @@ FIGURES = (
         " is compared is a function that calls `subprocess.run`. `Batch.process`, Dragon's own way"
         " to run a program, starts a process of Dragon's for each, which takes longer.",
         (
-            Side("subprocess.run in Batch.function", _RAW, "executables", 200, under_dragon=True),
-            Side("rhapsody", _OURS, "dragon-executables", 200, under_dragon=True),
-            Side("Batch.process", _RAW, "processes", 15, under_dragon=True),
-            Side(
-                "rhapsody-py 0.6.0", _OURS, "dragon-executables", 15, _UPSTREAM, under_dragon=True
-            ),
+            Side("subprocess.run in Batch.function", _RAW, "executables", 100, under_dragon=True),
+            Side("rhapsody", _OURS, "dragon-executables", 100, under_dragon=True),
+            Side("Batch.process", _RAW, "processes", 8, under_dragon=True),
+            Side("rhapsody-py 0.6.0", _OURS, "dragon-executables", 8, _UPSTREAM, under_dragon=True),
         ),
         (Target("rhapsody", "ratio", 1.02),),
         count,
@@ -80,8 +81,12 @@ FIGURES = (
         "10,000 functions on a stand-in for Dragon, whose functions have ended by the time that"
         " they are handed over: processor time of the driver's process, all its threads, from"
         " `submit_tasks` until all are DONE. The stand-in's own part, a queue and a pickled result"
-        " of each task, is among it.",
-        (Side("rhapsody", _DRIVER, "cpu", 10_000),),
+        " of each task, is among it. Beside it a session on the no-op backend: what no engine"
+        " can be without, and by which runs on machines as busy as this one can be compared.",
+        (
+            Side("a session on the no-op backend", _DRIVER, "session", 10_000),
+            Side("rhapsody", _DRIVER, "cpu", 10_000),
+        ),
         (Target("rhapsody", "seconds", 15e-6),),
         count,
         1,
@@ -91,8 +96,13 @@ FIGURES = (
         "stall",
         "The event loop meanwhile",
         "The same 10,000, and the longest time for which a coroutine that does nothing but `await"
-        " asyncio.sleep(0)` was not called. Pauses of Python's garbage collector count.",
-        (Side("rhapsody", _DRIVER, "stall", 10_000),),
+        " asyncio.sleep(0)` was not called. Pauses of Python's garbage collector count. Beside it"
+        " an event loop in a process with three threads that do nothing but run, as long: how"
+        " busy the machine was.",
+        (
+            Side("a bare loop beside three threads", _DRIVER, "bare-stall", 10_000),
+            Side("rhapsody", _DRIVER, "stall", 10_000),
+        ),
         (Target("rhapsody", "seconds", 0.050),),
         count,
         1,
