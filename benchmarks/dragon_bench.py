@@ -58,6 +58,10 @@ FIGURES = (
         (Target("rhapsody", "ratio", 1.02),),
         increments,
         20,
+        "A turn compares whole processes one after another, so that what else a machine does"
+        " in between is in the ratio: where the least and the most are far from 1 on either"
+        " side, as between the two lines of Batch itself, the run does not decide. Run it on a"
+        " machine that does nothing else.",
     ),
     Figure(
         "executables",
