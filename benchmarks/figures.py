@@ -21,7 +21,7 @@ class Side:
 
     Without requirements that is the environment of the benchmark itself. A side that takes long
     for a task has fewer `tasks`; what is compared is the time per task, with that of the side
-    that `base` names, or of the figure's first.
+    that `base` names, or of the figure's first. Some start as programs of Dragon's do.
     """
 
     name: str
@@ -30,11 +30,12 @@ class Side:
     tasks: int
     requirements: tuple[str, ...] = ()
     base: str = ""
+    under_dragon: bool = False
 
 
 @dataclass(frozen=True)
 class Target:
-    """At most `limit`: times the base's time, bytes per task, or seconds of a stall."""
+    """At most `limit`: times the base's time, bytes per task, or seconds: of CPU, of a stall."""
 
     side: str
     of: Literal["ratio", "bytes", "seconds"]
@@ -53,7 +54,7 @@ class Figure:
     expected: Callable[[int], int]  # what all the tasks compute together
     quick_divisor: int
     falls_short: str = ""  # what is known of it, for where a target is missed
-    unit: Literal["task", "stall"] = "task"
+    unit: Literal["task", "cpu", "stall"] = "task"
 
     @property
     def base(self) -> str:
@@ -61,12 +62,12 @@ class Figure:
         return "the floor of its size" if any(s.base for s in self.sides) else self.sides[0].name
 
 
-def _count(tasks: int) -> int:
+def count(tasks: int) -> int:
     """Each task adds 1."""
     return tasks
 
 
-def _increments(tasks: int) -> int:
+def increments(tasks: int) -> int:
     """Task number n adds n + 1."""
     return tasks * (tasks + 1) // 2
 
@@ -96,7 +97,7 @@ FIGURES = (
             Target("rhapsody, gather", "bytes", 1200),
             Target("rhapsody, wait_tasks", "bytes", 1200),
         ),
-        _count,
+        count,
         20,
         "Most of what `gather` costs beyond `wait_tasks` is Python's garbage collector: a gather of"
         " futures that are done makes a callback for each of them at once, and full collections"
@@ -126,7 +127,7 @@ FIGURES = (
             Target("rhapsody, 1,000,000", "ratio", 1.0),
             Target("rhapsody, 1,000,000", "bytes", 1200),
         ),
-        _count,
+        count,
         20,
     ),
     Figure(
@@ -141,7 +142,7 @@ FIGURES = (
             Side("Dask, threads", "benchmarks.peers.dask", "threads", 5_000, _DASK),
         ),
         (Target("rhapsody", "ratio", 1.0),),
-        _increments,
+        increments,
         20,
     ),
     Figure(
@@ -160,7 +161,7 @@ FIGURES = (
             Side("Dask, processes", "benchmarks.peers.dask", "processes", 5_000, _DASK),
         ),
         (Target("rhapsody", "ratio", 0.5),),
-        _increments,
+        increments,
         20,
     ),
     Figure(
@@ -177,7 +178,7 @@ FIGURES = (
             Side("Dask, threads", "benchmarks.peers.dask", "executables", 500, _DASK),
         ),
         (Target("rhapsody", "ratio", 1.0),),
-        _count,
+        count,
         10,
         "On the 2 cores of the machine where this was looked at, `true` itself takes 58 per cent of"
         " all processor time, with us and without us, so that little is left to win. Our children"
@@ -198,7 +199,7 @@ FIGURES = (
             Side("rhapsody-py 0.6.0", _OURS, "stall", 100_000, _UPSTREAM),
         ),
         (Target("rhapsody", "seconds", 0.050),),
-        _count,
+        count,
         20,
         "Most of it is one full pass of Python's garbage collector over the tasks and futures that"
         " are alive; the rest is one slice of the submit. A pass could be avoided by `gc.freeze()`"

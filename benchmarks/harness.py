@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import venv
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,19 @@ class Readings:
 
 
 def measure(
-    figure: Figure, *, repeat: int, quick: bool, with_peers: bool, say: Callable[[str], None]
+    figure: Figure,
+    *,
+    repeat: int,
+    quick: bool,
+    with_peers: bool,
+    say: Callable[[str], None],
+    env: Mapping[str, str] | None = None,
+    peer: str | None = None,
 ) -> list[Readings]:
     """Measure all sides of a figure `repeat` times: A B C, C B A, A B C, ...
+
+    `env` is for all sides, beside this process's own. `peer` is a Python that has what the peers
+    require; where it is None, one is made for each.
 
     Raises:
         BenchmarkError: a side has failed, or the sides have not computed the same.
@@ -52,11 +62,14 @@ def measure(
     sides = [side for side in figure.sides if with_peers or not side.requirements]
     divisor = figure.quick_divisor if quick else 1
     readings = {side.name: Readings(side, max(1, side.tasks // divisor)) for side in sides}
-    pythons = {side.name: _python_for(side.requirements, say) for side in sides}
+    pythons = {
+        side.name: peer if peer and side.requirements else _python_for(side.requirements, say)
+        for side in sides
+    }
     for repetition in range(repeat):
         for side in sides if repetition % 2 == 0 else reversed(sides):
             row = readings[side.name]
-            found = _run(pythons[side.name], side, row.tasks)
+            found = _run(pythons[side.name], side, row.tasks, env or {})
             expected = figure.expected(row.tasks)
             if found["result"] != expected:
                 raise BenchmarkError(
@@ -80,23 +93,28 @@ def middle(values: list[float]) -> float:
 # ---------------------------------------------------------------------- processes
 
 
-def _run(python: str, side: Side, tasks: int) -> dict[str, Any]:
+def _run(python: str, side: Side, tasks: int, env: Mapping[str, str]) -> dict[str, Any]:
     """Run one side once, in a folder and a process group of its own."""
+    command = [python, "-m", side.module, side.workload, str(tasks)]
+    if side.under_dragon:
+        command = [os.path.join(os.path.dirname(python), "dragon"), "-s", *command]
+    paths = [str(ROOT), *filter(None, [env.get("PYTHONPATH")])]
     with tempfile.TemporaryDirectory(prefix="bench-") as folder:
         process = subprocess.Popen(
-            [python, "-m", side.module, side.workload, str(tasks)],
+            command,
             cwd=folder,
             # Peers find the commands that come with them beside their Python.
             env={
                 **os.environ,
-                "PYTHONPATH": str(ROOT),
+                **env,
+                "PYTHONPATH": os.pathsep.join(paths),
                 "PATH": os.pathsep.join([os.path.dirname(python), os.environ["PATH"]]),
             },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            start_new_session=True,
+            preexec_fn=os.setpgrp,  # in a session of its own Dragon's launcher hangs (0.15.0)
         )
         try:
             out, err = process.communicate(timeout=_LIMIT)
@@ -107,9 +125,10 @@ def _run(python: str, side: Side, tasks: int) -> dict[str, Any]:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-    if process.returncode != 0:
+    readings = [line for line in out.splitlines() if line.startswith("{")]
+    if process.returncode != 0 or not readings:
         raise BenchmarkError(f"{side.name} ended with {process.returncode}:\n{err[-2000:]}")
-    reading: dict[str, Any] = json.loads(out.splitlines()[-1])
+    reading: dict[str, Any] = json.loads(readings[-1])
     return reading
 
 

@@ -7,12 +7,13 @@ import platform
 import textwrap
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
+from typing import Any
 
 from benchmarks import side
-from benchmarks.figures import FIGURES, Figure, Target
+from benchmarks.figures import Figure, Target
 from benchmarks.harness import Readings, middle
 
-_HEAD = """\
+HEAD = """\
 # Benchmarks
 
 This page was written by `{command}` on {date}; do not edit it.
@@ -26,22 +27,25 @@ are started, and 64 tasks run, before the clock starts; it stops when the last r
 Memory is the growth of the peak of the process's resident memory, per task; what the workers of
 other processes take is not in it. Each side's results are checked. Peers run in environments
 of their own, as anybody installs them, with their defaults where the text says nothing else.
+
+Engines that need a cluster have pages of their own: [Dask](dask-benchmarks.md),
+[Dragon](dragon-benchmarks.md).
 """
 
 
 def write(
-    results: Mapping[str, Sequence[Readings]], *, repeat: int, command: str, load: float
+    head: str,
+    figures: Sequence[Figure],
+    results: Mapping[str, Sequence[Readings]],
+    *,
+    facts: Mapping[str, str],
+    **words: Any,
 ) -> str:
-    """Return the page of all figures that were measured."""
-    measured = [figure for figure in FIGURES if figure.name in results]
-    parts = [
-        _HEAD.format(
-            command=command,
-            date=datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-            facts=_facts(load),
-            repeat=repeat,
-        )
-    ]
+    """Return the page of all figures that were measured; `head` is formatted with the words."""
+    measured = [figure for figure in figures if figure.name in results]
+    said = "\n".join(f"- {name}: {value}" for name, value in {**_facts(), **facts}.items())
+    date = datetime.now(timezone.utc).strftime("%Y-%m-%d")
+    parts = [head.format(date=date, facts=said, **words)]
     parts += [_section(figure, results[figure.name]) for figure in measured]
     parts.append(_shortfalls(results, measured))
     return "\n".join(parts)
@@ -53,7 +57,7 @@ def table(figure: Figure, readings: Sequence[Readings]) -> str:
     rows = [
         (
             "side",
-            "longest stall" if stall else "time per task",
+            {"stall": "longest stall", "cpu": "CPU per task"}.get(figure.unit, "time per task"),
             "garbage collector's" if stall else "memory per task",
             f"times {figure.base}",
             "tasks",
@@ -115,7 +119,9 @@ def _shortfalls(results: Mapping[str, Sequence[Readings]], figures: Sequence[Fig
 def _in_words(target: Target, figure: Figure, value: float) -> str:
     if target.of == "ratio":
         return f"{value:.2f} times {figure.base}"
-    return f"{value / 1000:.2f} KB per task" if target.of == "bytes" else f"{value * 1e3:.0f} ms"
+    if target.of == "bytes":
+        return f"{value / 1000:.2f} KB per task"
+    return f"{value * 1e3:.0f} ms" if figure.unit == "stall" else f"{value * 1e6:.1f} µs per task"
 
 
 def _spread(values: Sequence[float], scale: float, unit: str) -> str:
@@ -130,19 +136,14 @@ def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def _facts(load: float) -> str:
+def _facts() -> dict[str, str]:
     gib = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
-    facts = {
+    return {
         "cores": f"{side.cores()} ({_processor()})",
         "memory": f"{gib:.0f} GiB",
         "kernel": f"{platform.system()} {platform.release()}",
         "Python": f"{platform.python_implementation()} {platform.python_version()}",
-        "load when it began": f"{load:.2f}",
-        "peers": ", ".join(
-            sorted({r for figure in FIGURES for s in figure.sides for r in s.requirements[:1]})
-        ),
     }
-    return "\n".join(f"- {name}: {value}" for name, value in facts.items())
 
 
 def _processor() -> str:

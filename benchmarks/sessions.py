@@ -25,7 +25,7 @@ def _no_ops(number: int) -> list[ComputeTask]:
     return [ComputeTask(function=side.nothing) for _ in range(number)]
 
 
-def _increments(number: int) -> list[ComputeTask]:
+def increments(number: int) -> list[ComputeTask]:
     return [ComputeTask(function=side.increment, args=(value,)) for value in range(number)]
 
 
@@ -33,10 +33,12 @@ def _trues(number: int) -> list[ComputeTask]:
     return [ComputeTask(executable=side.TRUE) for _ in range(number)]
 
 
-async def _round_trip(backend: Any, make: Make, number: int, *, gather: bool) -> dict[str, Any]:
+async def _round_trip(
+    backend: Any, make: Make, number: int, *, gather: bool, warm_up: int = side.WARM_UP
+) -> dict[str, Any]:
     """Make, submit and await tasks."""
     async with Session(backends=[await backend]) as session:
-        warm = make(side.WARM_UP)
+        warm = make(warm_up)
         await session.submit_tasks(warm)
         await session.wait_tasks(warm)
         gauge = side.Gauge()
@@ -48,17 +50,19 @@ async def _round_trip(backend: Any, make: Make, number: int, *, gather: bool) ->
         else:
             await session.wait_tasks(tasks)
         gauge.stop()
-        return gauge.reading(number, sum(map(_worth, tasks)))
+        return gauge.reading(number, sum(map(worth, tasks)))
 
 
-def _worth(task: ComputeTask) -> int:
+def worth(task: ComputeTask) -> int:
     """What a task adds to the sum that every side must arrive at."""
     if task.state != "DONE":
         raise RuntimeError(f"task {task.uid} is {task.state}: {task.exception!r}")
-    return 1 if task.return_value is None else int(task.return_value)
+    # Of an executable, 0.6.0 has the exit code there.
+    counted = task.get("function") is None or task.return_value is None
+    return 1 if counted else int(task.return_value)
 
 
-async def _stall(number: int) -> dict[str, Any]:
+async def stall(backend: Any, make: Make, number: int) -> dict[str, Any]:
     """Return as `seconds` the longest time for which nobody else ran while tasks were submitted.
 
     From before `submit_tasks` until the last task is DONE, the pauses of the garbage collector
@@ -83,8 +87,8 @@ async def _stall(number: int) -> dict[str, Any]:
             longest = max(longest, now - last)
             last = now
 
-    async with Session(backends=[await NoopExecutionBackend()]) as session:
-        tasks = _no_ops(number)
+    async with Session(backends=[await backend]) as session:
+        tasks = make(number)
         ticking = asyncio.create_task(tick())
         await asyncio.sleep(0)
         gc.callbacks.append(note_pause)
@@ -93,12 +97,20 @@ async def _stall(number: int) -> dict[str, Any]:
         await asyncio.sleep(0)
         gc.callbacks.remove(note_pause)
         ticking.cancel()
-    return {"seconds": longest, "gc": max(pauses), "result": sum(map(_worth, tasks))}
+    return {"seconds": longest, "gc": max(pauses), "result": sum(map(worth, tasks))}
 
 
 def _on_pool(pool: Executor, make: Make, number: int) -> dict[str, Any]:
     with pool:
         return asyncio.run(_round_trip(ConcurrentExecutionBackend(pool), make, number, gather=True))
+
+
+def _on_dragon(make: Make, number: int) -> dict[str, Any]:
+    from rhapsody.backends import DragonExecutionBackend
+
+    backend = DragonExecutionBackend({"workers_per_node": side.cores()})
+    trip = _round_trip(backend, make, number, gather=True, warm_up=side.FEW)
+    return asyncio.run(trip)
 
 
 def _threads() -> Executor:
@@ -114,11 +126,13 @@ if __name__ == "__main__":
         {
             "gather": lambda number: _noop(number, gather=True),
             "wait": lambda number: _noop(number, gather=False),
-            "stall": lambda number: asyncio.run(_stall(number)),
-            "threads": lambda number: _on_pool(_threads(), _increments, number),
+            "stall": lambda number: asyncio.run(stall(NoopExecutionBackend(), _no_ops, number)),
+            "threads": lambda number: _on_pool(_threads(), increments, number),
             "processes": lambda number: _on_pool(
-                ProcessPoolExecutor(side.cores()), _increments, number
+                ProcessPoolExecutor(side.cores()), increments, number
             ),
+            "dragon-functions": lambda number: _on_dragon(increments, number),
+            "dragon-executables": lambda number: _on_dragon(_trues, number),
             "executables": lambda number: _on_pool(_threads(), _trues, number),
         }
     )

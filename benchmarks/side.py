@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 WARM_UP = 64  # tasks before the clock starts: pools start their workers with their first tasks
+FEW = 8  # the same, where a task takes long
 
 #: Runs a number of tasks; returns what `Gauge.reading` does.
 Workload = Callable[[int], dict[str, Any]]

@@ -12,9 +12,19 @@ from rhapsody.runtime.processes import OUTPUT_LIMIT
 
 from ._dragon_plan import Flight
 
-__all__ = ["RankFiles", "job_end", "read_end"]
+__all__ = ["RankFiles", "job_end", "read_end", "read_news"]
 
 End = tuple[str, dict[str, Any]]
+
+
+def read_news(one: tuple[Any, ...], now: float) -> tuple[Any, ...]:
+    """Return a piece of news as the loop takes it: that of an end with its result unpickled."""
+    if one[0] != "ended":
+        return one
+    word, number, said, host, seconds = one
+    state, fields = read_end(said)
+    fields["started"], fields["ended"] = now - seconds, now
+    return word, number, state, fields, host
 
 
 def read_end(said: Any) -> End:

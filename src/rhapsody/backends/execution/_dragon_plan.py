@@ -17,8 +17,6 @@ from rhapsody.runtime.commands import command_of, inputs_of
 from rhapsody.runtime.errors import ResourceError, TaskValidationError
 from rhapsody.runtime.resources import Resources
 
-from ._dragon_node import Order
-
 __all__ = ["OPTIONS", "TEMPLATE_KEYS", "Flight", "Nodes", "Planner", "check_options"]
 
 #: keys of a process template; target, args and kwargs are the task's own
@@ -127,17 +125,18 @@ class Planner:
             SerializationError: its function or arguments cannot be pickled.
         """
         flight = Flight(task, self.number())
-        options = task.get("task_backend_specific_kwargs") or {}
-        need: Resources | None = task.get("resources")
+        plain = type(task) is not dict and task._options is None  # most: nothing to look up
+        options = {} if plain else task.get("task_backend_specific_kwargs") or {}
+        need: Resources | None = None if plain else task.get("resources")
         call = _call(task, pickled) if kind_of(task) == "function" else None
-        if self._all_jobs or is_job(task, options):
+        if self._all_jobs or (not plain and is_job(task, options)):
             flight.data = call
             flight.jobs = self._templates(task, options, need or Resources())
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
-            order = Order(self._work_dir(), call, program)
-            flight.data = pickle.dumps(tuple(order), pickle.HIGHEST_PROTOCOL)
+            # An Order, as it is unpickled there; to make one here takes longer than to pickle it.
+            flight.data = pickle.dumps((self._work_dir(), call, program), pickle.HIGHEST_PROTOCOL)
         return flight
 
     def _templates(
@@ -177,14 +176,15 @@ def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
     """Pickle function and arguments; a function once per burst."""
     function = task["function"]
     args, kwargs = inputs_of(task)
-    blob = pickled.get(id(function))
-    if blob is None:
-        blob = pickled[id(function)] = serial.dumps(function, "function")
-    if not kwargs and all(type(arg) in _PLAIN for arg in args):
+    first = pickled.get(id(function))
+    if first is None:
+        blob = serial.dumps(function, "function")
+        first = pickled[id(function)] = len(blob).to_bytes(4, "big") + blob
+    if not kwargs and _PLAIN.issuperset(map(type, args)):
         rest = pickle.dumps((tuple(args), {}), pickle.HIGHEST_PROTOCOL)
     else:
         rest = serial.dumps((tuple(args), dict(kwargs)), "arguments")
-    return len(blob).to_bytes(4, "big") + blob + rest
+    return first + rest
 
 
 def _program(

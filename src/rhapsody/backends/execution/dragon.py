@@ -28,7 +28,7 @@ from rhapsody.runtime.errors import (
 )
 
 from ._dragon_crew import Crew, Post
-from ._dragon_ends import RankFiles, job_end, read_end
+from ._dragon_ends import RankFiles, job_end, read_end, read_news
 from ._dragon_node import GRACE, Site
 from ._dragon_plan import OPTIONS, Flight, Planner, check_options
 from ._dragon_runtime import Runtime, on_thread
@@ -82,6 +82,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
 
     kinds = frozenset({"function", "executable"})
     option_keys: ClassVar[frozenset[str]] = frozenset(OPTIONS)
+    takes_plain_functions = True
 
     def __init__(
         self,
@@ -276,11 +277,8 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
 
     def _from_post(self, news: list[tuple[Any, ...]]) -> None:
         """On the post's thread: unpickle results there, then wake the loop once."""
-        told = [
-            ("ended", one[1], read_end(one[2]), one[3], one[4]) if one[0] == "ended" else one
-            for one in news
-            if one[0] != "beat"
-        ]
+        now = time.monotonic()
+        told = [read_news(one, now) for one in news if one[0] != "beat"]
         if told:
             self._on_loop(self._on_news, told)
 
@@ -301,9 +299,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             elif flight is None:
                 continue
             elif word == "ended":
-                (state, fields), flight.host, seconds = rest
-                ended = time.monotonic()
-                fields.update(started=ended - seconds, ended=ended)
+                state, fields, flight.host = rest
                 if (event := self._end(flight, state, fields)) is not None:
                     burst.append(event)
             elif word == "begun":
