@@ -132,7 +132,7 @@ def dragon_multinode(session: nox.Session) -> None:
 
 
 def _on_dragon(session: nox.Session, marked: str) -> None:
-    session.install("-e", ".[dev,dask,dragon]")
+    session.install("-e", ".[dev,dask,dragon,demo]")
     session.run("python", "-m", "tests.on_dragon.machine")
     session.run("pytest", "tests/on_dragon", "-m", marked, *session.posargs)
 

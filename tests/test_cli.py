@@ -565,6 +565,41 @@ def test_ctrl_c_in_a_script_without_a_session(script: Callable[..., Path]) -> No
         assert screen.end() == 130
 
 
+@pytest.mark.parametrize("ignored", [False, True])  # SIGINT, as in a shell's background job
+def test_sigterm_closes_the_session_as_ctrl_c_does(
+    script: Callable[..., Path], tmp_path: Path, ignored: bool
+) -> None:
+    path = script("""
+        async def main():
+            session = Session(backends=[await ConcurrentExecutionBackend()])
+            shell = "trap 'echo > ended; exit' TERM; while :; do sleep 0.1; done"
+            task = ComputeTask(executable="sh", arguments=["-c", shell])
+            try:
+                async with session:
+                    await session.submit_tasks([task])
+                    print("up", flush=True)
+                    await session.wait_tasks([task])
+            finally:
+                print(task.state, session.closed, flush=True)
+
+        asyncio.run(main())
+    """)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rhapsody", "run", str(path)],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=(lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)) if ignored else None,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.terminate()
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "CANCELED True\n"), err
+    assert err.splitlines()[-1] == "rhapsody: terminated", err
+
+
 # --- backends, doctor, bench, help ---------------------------------------------------------------
 
 

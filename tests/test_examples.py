@@ -42,8 +42,15 @@ def test_melt_workflow(tmp_path: Path, command: list[str]) -> None:
         text=True,
     )
     assert ended.returncode == 0, ended.stderr
-    assert (tmp_path / "out" / "melt.png").read_bytes().startswith(b"\x89PNG")
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    chosen = check_results(tmp_path / "out")
+    mpi_log = tmp_path / "out" / "runs" / f"T{chosen:.3f}" / "log.lammps"
+    assert " on 2 procs " in mpi_log.read_text()
+
+
+def check_results(out: Path) -> float:
+    """Figure and physics of a run with `SMALL` and `--more 1`; returns the chosen temperature."""
+    assert (out / "melt.png").read_bytes().startswith(b"\x89PNG")
+    results = json.loads((out / "results.json").read_text())
     cold, cool, warm, hot = results["first_round"]
     (chosen,) = results["second_round"]
 
@@ -59,8 +66,8 @@ def test_melt_workflow(tmp_path: Path, command: list[str]) -> None:
         assert abs(run["pressure"]) < 0.2  # the barostat's is 0; so short a run scatters
     assert cool["temperature"] < chosen["temperature"] < warm["temperature"]
     assert cool["temperature"] < results["melting_temperature"] < warm["temperature"]
-    mpi_log = tmp_path / "out" / "runs" / f"T{chosen['temperature']:.3f}" / "log.lammps"
-    assert " on 2 procs " in mpi_log.read_text()
+    temperature: float = chosen["temperature"]
+    return temperature
 
 
 def test_melt_is_stopped_by_ctrl_c(tmp_path: Path) -> None:

@@ -228,7 +228,8 @@ standin, several, *words = sys.argv[1:]
 line = [sys.executable, standin]
 environ = dict(os.environ)
 folder = os.getcwd() if several == "1" else None
-sys.exit(launcher.supervise(launcher.Job(line, words, environ, several == "1", folder)))
+outside = os.environ.get("OUTSIDE")
+sys.exit(launcher.supervise(launcher.Job(line, words, environ, several == "1", folder, outside)))
 """
 
 # argv: the roster, then what to do.
@@ -349,6 +350,29 @@ async def test_a_signal_lets_the_workflow_close(
     assert got == code
     assert "told" not in out  # the launcher ended by itself
     assert signal.Signals(number).name in err
+
+
+@pytest.mark.parametrize("end", [False, True])
+async def test_in_an_image_the_process_outside_has_the_say(
+    roster: Roster, monkeypatch: pytest.MonkeyPatch, end: bool
+) -> None:
+    """By stdin: the numbers of signals, and its end. A signal is the runner's copy of one."""
+    line = launched(roster, "wait", monkeypatch=monkeypatch, ASKED="1000", OUTSIDE="none")
+    async with driver_of(DRIVER, *line) as driver:
+        assert await roster.line() == "up"
+        driver.send_signal(signal.SIGTERM)
+        assert driver.stdin is not None
+        if end:
+            driver.stdin.close()
+        else:
+            driver.stdin.write(bytes([signal.SIGINT]))
+            await driver.stdin.drain()
+            assert await roster.line() == "asked"
+            assert await asyncio.wait_for(driver.wait(), 60) == 130
+        got, _, err = await ended(driver, roster)
+    assert got == (1 if end else 130)
+    assert "SIGTERM" not in err
+    assert ("killing" in err) == end
 
 
 @pytest.mark.parametrize("wish", ["", "deaf agent"])

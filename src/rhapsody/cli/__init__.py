@@ -90,6 +90,12 @@ def run_command(
 )
 @click.option("--hosts", help="Nodes to reach by ssh, as a,b,c, where there is no allocation.")
 @click.option(
+    "--image",
+    type=click.Path(exists=True),
+    help="Inside this Apptainer image, which has rhapsody and Dragon; this machine need not.",
+)
+@click.option("--outside", hidden=True)
+@click.option(
     "--small-machine",
     is_flag=True,
     help="Mend what makes Dragon 0.15 take all of a machine with few cores while it waits.",
@@ -103,6 +109,8 @@ def launch_command(
     nodes: int | None,
     hosts: str | None,
     small_machine: bool,
+    image: str | None,
+    outside: str | None,
 ) -> None:
     """Run the workflow SCRIPT with its ARGUMENTS under a launcher, on one node or several.
 
@@ -111,7 +119,7 @@ def launch_command(
     """
     from rhapsody.cli.launch import launch
 
-    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine))
+    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine, image, outside))
 
 
 @main.command("backends")

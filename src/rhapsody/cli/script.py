@@ -1,7 +1,7 @@
 """Run a user's script as Python itself would, and report its end as Python itself would.
 
 The script owns the main thread, so Ctrl-C reaches its ``asyncio.run``, which cancels the main
-coroutine and lets sessions close.
+coroutine and lets sessions close; SIGTERM is turned into it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,15 @@ def run_script(path: str, arguments: Sequence[str], at_end: Callable[[], None]) 
     """Run ``path`` as ``__main__`` and return the exit code that Python would end with.
 
     0 when the script came to its end, what it gave to ``sys.exit``, 1 after an uncaught
-    exception, 130 after Ctrl-C. ``at_end`` is called before an exception is reported, so that
-    nothing is drawn over the traceback.
+    exception, 130 after Ctrl-C, 143 after SIGTERM. ``at_end`` is called before an exception is
+    reported, so that nothing is drawn over the traceback.
     """
     path = os.path.abspath(path)
     sys.argv = [path, *arguments]
     if not getattr(sys.flags, "safe_path", False):
         # realpath: a script that is reached by a link finds its neighbours where it really lies.
         sys.path[0] = os.path.dirname(os.path.realpath(path))
+    termination = _Termination()
     try:
         runpy.run_path(path, run_name="__main__")
     except SystemExit as end:
@@ -42,8 +43,8 @@ def run_script(path: str, arguments: Sequence[str], at_end: Callable[[], None]) 
         at_end()
         left = _threads_that_stay()
         more = f"; {left} of its threads still run, Ctrl-C again ends them" if left else ""
-        print(f"rhapsody: interrupted{more}", file=sys.stderr)
-        return INTERRUPTED
+        print(f"rhapsody: {termination.word}{more}", file=sys.stderr)
+        return termination.code
     except BaseException as error:
         at_end()
         error = error.with_traceback(_user_frames(error.__traceback__, path))
@@ -52,6 +53,26 @@ def run_script(path: str, arguments: Sequence[str], at_end: Callable[[], None]) 
         return 1
     at_end()
     return 0
+
+
+class _Termination:
+    """Lets SIGTERM end the script as Ctrl-C does, so that sessions close; a second one kills.
+
+    The process's end alone would do on a machine, where what it has started outlives it and is
+    ended then. In a container that goes with the process, and `docker stop` gives time for this.
+    """
+
+    def __init__(self) -> None:
+        self.word = "interrupted"
+        self.code = INTERRUPTED
+        signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def _on_sigterm(self, number: int, _: object) -> None:
+        self.word, self.code = "terminated", 128 + number
+        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # the job of a shell's background
+            raise KeyboardInterrupt
+        signal.raise_signal(signal.SIGINT)
 
 
 def _threads_that_stay() -> int:

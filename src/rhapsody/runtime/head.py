@@ -40,7 +40,7 @@ def main() -> None:
     parent = os.getpid()
     pid = os.fork()
     if pid == 0:
-        _die_with(parent)
+        die_with(parent)
         os.execv(sys.executable, [sys.executable, *command])  # noqa: S606 - a shell is not wanted
     signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
     report = f"begun {socket.gethostname()} {pid} {parent}\n"
@@ -53,7 +53,7 @@ def main() -> None:
     os._exit(code if code >= 0 else 128 - code)
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Let the kernel kill us when our parent dies: Dragon ends what it knows with SIGKILL."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)

@@ -27,10 +27,11 @@ from dataclasses import dataclass
 from . import head, keeper, offspring, warden
 from .keeper import BEAT_SECONDS, LOST_BEATS
 from .launcher_output import LauncherOutput
+from .outside import is_stand_in
 from .run_folder import Report, make_folder, read_report, with_programs
 from .segments import Segments
 
-__all__ = ["Job", "supervise"]
+__all__ = ["PASSED_ON", "Job", "supervise"]
 
 # Together they are less than the 30 s that Slurm waits between SIGTERM and SIGKILL (KillWait).
 ASKED_SECONDS = 15.0  # for the workflow to end, once it was asked to
@@ -40,7 +41,8 @@ NODES_SECONDS = 4 * BEAT_SECONDS  # for the nodes to end by themselves when the 
 _CLOSED_SECONDS = 5.0  # for the launcher's output to end, after all have ended
 _AT_ONCE = 4096  # bytes that a pipe which is ready takes without blocking (PIPE_BUF)
 _AHEAD = 1 << 16  # bytes that we take from the launcher before our own reader took them
-_PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+#: signals that mean the whole run
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class Job:
     environ: Mapping[str, str]
     several: bool = False  # nodes, so that the workflow may run on another host
     shared_dir: str | None = None  # where all nodes see it; for several nodes
+    outside: str | None = None  # in an image: the socket of the process outside (see `image`)
 
 
 def supervise(job: Job) -> int:
@@ -59,14 +62,19 @@ def supervise(job: Job) -> int:
 
     The workflow's own code, 128 + n where signal n ended it, and 130, 143 or 129 where SIGINT,
     SIGTERM or SIGHUP to this process did. All children of this process are taken for the job's.
+    In an image the process outside gets the signals, and their numbers come by stdin; what comes
+    here is the runner's copy.
     """
     offspring.adopt()
     segments = Segments()
-    folder = make_folder(job.environ, job.shared_dir if job.several else None)
+    folder = make_folder(job.environ, job.shared_dir if job.several else None, job.outside)
+    if job.outside is not None:
+        for number in PASSED_ON:
+            signal.signal(number, signal.SIG_IGN)
     reader, writer = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
-    signal.pthread_sigmask(signal.SIG_BLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)
     pid = os.fork()
     if pid == 0:
         os.close(writer)
@@ -100,9 +108,9 @@ def _passed_on_to(fd: int) -> Iterator[None]:
         with contextlib.suppress(OSError):  # the supervisor is about to end
             os.write(fd, bytes([number]))
 
-    heard = [number for number in _PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
+    heard = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
     before = {number: signal.signal(number, tell) for number in heard}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, _PASSED_ON)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     try:
         yield
     finally:
@@ -157,7 +165,9 @@ class _Supervisor:
 
     def run(self) -> int:
         """Start the launcher, and return the exit code when all of it has gone."""
-        self.listen(self.control, self.on_control)
+        self.listen(self.control, lambda: self.on_control(self.control))
+        if self.job.outside is not None:
+            self.listen(0, lambda: self.on_control(0))
         self.listen(self.children, self.on_child)
         if self.job.several:
             self.look.set(BEAT_SECONDS, self.on_beat)
@@ -189,7 +199,7 @@ class _Supervisor:
             ],
             setpgroup=0,
             setsigmask=[],
-            setsigdef=[*_PASSED_ON, signal.SIGQUIT, signal.SIGPIPE],
+            setsigdef=[*PASSED_ON, signal.SIGQUIT, signal.SIGPIPE],
         )
         os.close(writer)
 
@@ -213,9 +223,9 @@ class _Supervisor:
         for timer in (self.deadline, self.look):
             timer.ring()
 
-    def on_control(self) -> None:
+    def on_control(self, fd: int) -> None:
         """Take the numbers of signals from the caller; the end of the pipe is the caller's end."""
-        numbers = os.read(self.control, 64)
+        numbers = os.read(fd, 64)
         if not numbers:
             self.kill()
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -425,7 +435,7 @@ def _end_all(job: Job, folder: str, segments: Segments) -> None:
         # The launcher first: without the folder it would find the real dragon-cleanup. Then what it
         # had here, its overlay agent, comes to us. What is left carries its programs to the nodes.
         for _ in ("launcher", "agent"):
-            here = [pid for pid in _children() if _runs_python(pid)]
+            here = [pid for pid in _children() if _runs_python(pid) and not is_stand_in(pid)]
             for pid in here:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)

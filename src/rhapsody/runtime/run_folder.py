@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from . import head, keeper
+from . import head, keeper, outside
 
 __all__ = ["Report", "make_folder", "read_report", "with_programs"]
 
@@ -36,8 +36,16 @@ class Report(NamedTuple):
     ended: int | None = None
 
 
-def make_folder(environ: Mapping[str, str], shared_dir: str | None) -> str:
-    """Make a run's folder, and return its path: where all nodes see it, or None for one node."""
+def make_folder(
+    environ: Mapping[str, str], shared_dir: str | None, socket: str | None = None
+) -> str:
+    """Make a run's folder, and return its path.
+
+    Args:
+        environ: the launcher's.
+        shared_dir: where to make it so that all nodes see it, or None for one node.
+        socket: where to ask for the programs that are outside the image that we are in.
+    """
     folder = tempfile.mkdtemp(prefix="rhapsody-launch-", dir=shared_dir)
     for name in (head.REPORT, head.STOP, keeper.ALIVE):
         with open(os.path.join(folder, name), "wb"):
@@ -47,14 +55,22 @@ def make_folder(environ: Mapping[str, str], shared_dir: str | None) -> str:
     programs = {"dragon-cleanup": _NO_CLEANUP}
     backend = shutil.which("dragon-backend", path=environ.get("PATH"))
     if shared_dir is not None and backend is not None:
-        words = [sys.executable, "-P", "-m", keeper.__name__, folder, backend]
-        programs["dragon-backend"] = f'#!/bin/sh\nexec {shlex.join(words)} "$@"\n'
+        programs["dragon-backend"] = _stand_in(keeper.__name__, folder, backend)
+    if socket is not None:
+        for program in outside.PROGRAMS.values():
+            programs[program] = _stand_in(outside.__name__, socket, program)
     os.mkdir(os.path.join(folder, "bin"))
     for name, text in programs.items():
         with open(os.path.join(folder, "bin", name), "w") as file:
             file.write(text)
             os.fchmod(file.fileno(), 0o755)
     return folder
+
+
+def _stand_in(module: str, *words: str) -> str:
+    """A script that runs a module of ours, with these words and then its own."""
+    line = [sys.executable, "-P", "-m", module, *words]
+    return f'#!/bin/sh\nexec {shlex.join(line)} "$@"\n'
 
 
 def read_report(folder: str) -> Report | None:
