@@ -124,7 +124,8 @@ def needed_bytes(environ: Mapping[str, str]) -> int:
 
     Dragon makes three pools, one after another, and none that is larger than what is free then,
     although little of it is ever written. A pool has a second file, for its blocks: of 64 MiB and
-    3/256 of the pool's size (seen with 0.15.0). What the pools before it have written comes to that.
+    3/256 of the pool's size (seen with 0.15.0). To that comes what the pools before it have
+    written.
 
     Raises:
         ResourceError: the size that the environment gives is no number.
