@@ -27,7 +27,8 @@ from dataclasses import dataclass
 from . import head, keeper, offspring, warden
 from .keeper import BEAT_SECONDS, LOST_BEATS
 from .launcher_output import LauncherOutput
-from .run_folder import Report, make_folder, read_report, with_programs
+from .pmix import with_pmix
+from .run_folder import Report, libraries, make_folder, read_report, with_programs
 from .segments import Segments
 
 __all__ = ["Job", "supervise"]
@@ -182,7 +183,7 @@ class _Supervisor:
         self.launcher = os.posix_spawn(
             line[0],
             line,
-            {**self.job.environ, "PATH": path},
+            with_pmix({**self.job.environ, "PATH": path}, lambda: libraries(self.folder)),
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, writer, 1),

@@ -62,6 +62,7 @@ class Post:
         self._leaving = threading.Event()
         self.busy = threading.Event()
         self.beats: dict[str, float] = {}  # by host: when its last beat was heard
+        self.facts: dict[str, dict[str, Any]] = {}  # by host: an agent's first word
         self.site = remote.Site("", b"")
         self.nodes = Nodes({}, {})
 
@@ -85,6 +86,12 @@ class Post:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no sign of life from {', '.join(sorted(missing))}")
             time.sleep(_LOOK_EVERY)
+        self.nodes = self._nodes(self.nodes.cores, self.nodes.gpus)
+
+    def _nodes(self, cores: Mapping[str, int], gpus: Mapping[str, list[int]]) -> Nodes:
+        """The nodes, when all agents have told of them."""
+        without_pmix = [host for host in cores if not self.facts[host]["pmix"]]
+        return Nodes(cores, gpus, without_pmix)
 
     def _start_agent(self, host: str) -> None:
         process: Any = importlib.import_module("dragon.native.process")
@@ -122,6 +129,8 @@ class Post:
                 for one in news:
                     if one[0] == "beat":
                         self.beats[one[1]] = now
+                    elif one[0] == "facts":
+                        self.facts[one[1]] = one[2]
                 self._hear(news)
             else:
                 time.sleep(_LOOK_EVERY if self.busy.is_set() else _IDLE_EVERY)
@@ -248,6 +257,7 @@ class Crew:
             templates.append((count, template))
         if len(templates) == 1:
             return self.batch.process(templates[0][1])
+        templates[0][1].patience = remote.Patience()
         pmi = facts.PMIBackend.from_str(flight.pmi) if flight.pmi else None
         return self.batch.options(pmi=pmi).job(templates)
 

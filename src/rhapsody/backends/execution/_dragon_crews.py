@@ -49,25 +49,13 @@ class LegacyPost(Post):
 
     agent = staticmethod(remote.agent)
 
-    def __init__(self, hear: Any) -> None:
-        super().__init__(hear)
-        self._granted: dict[str, int] = {}
-
-    def open(self, num_nodes: int | None) -> None:
-        super().open(num_nodes)
-        self.nodes = Nodes(self._granted, self.nodes.gpus)
+    def _nodes(self, cores: Mapping[str, int], gpus: Mapping[str, list[int]]) -> Nodes:
+        return super()._nodes({host: self.facts[host]["granted"] for host in cores}, gpus)
 
     def halt(self, number: int, hosts: Iterable[str]) -> None:
         """Ask agents to let a task run there no more; each answers when that is so."""
         for host in hosts:
             self._orders[host].put(("halt", number))
-
-    def _take(self) -> list[tuple[Any, ...]]:
-        news = super()._take()
-        for one in news:
-            if one[0] == "granted":  # an agent's first word, before its first beat
-                self._granted[one[1]] = one[2]
-        return news
 
 
 def _spilled(data: bytes, path: str, limit: int) -> bytes | str:

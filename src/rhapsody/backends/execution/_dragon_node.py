@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ctypes
+import importlib
 import os
 import pickle
 import queue as queues
@@ -28,7 +30,7 @@ from typing import Any, NamedTuple
 from rhapsody.runtime import serial
 from rhapsody.runtime.calls import is_coroutine
 
-__all__ = ["Order", "Site", "agent", "run_order", "run_rank"]
+__all__ = ["Order", "Patience", "Site", "agent", "run_order", "run_rank"]
 
 #: seconds between SIGTERM and SIGKILL
 GRACE = 2.0
@@ -38,6 +40,8 @@ BEAT_EVERY = 0.5
 _LOOK_EVERY = 0.1
 # Bytes of a result from which on it goes through a file: a queue's message lies in shared memory.
 _SPILL = 16 << 20
+# Seconds for the process of a group of ranks to go, when they have ended.
+_GROUP_END = 120.0
 # Dragon cancels by an exception that it raises in the thread, which hears of it when it wakes.
 _LISTEN = 0.1
 
@@ -220,6 +224,26 @@ def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -
     queue.put(pickle.dumps([("rank", number, rank, said)]))
 
 
+class Patience:
+    """Part of a job's template. The worker of Batch that unpickles it waits longer for the end.
+
+    When the ranks have ended, that worker closes their group, and gives it 5 s. With PMIx over
+    several nodes the group's own process takes 2 to 10 s, and then an error takes the place of the
+    exit codes, which are lost. There is no public way to tell Batch; read in 0.15.0.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _be_patient, ()
+
+
+def _be_patient() -> Patience:
+    groups: Any = importlib.import_module("dragon.native.process_group")
+    process: Any = importlib.import_module("dragon.globalservices.process")
+    # The only use of it there is that wait.
+    groups.process_join = lambda puid, timeout: process.join(puid, timeout=_GROUP_END)
+    return Patience()
+
+
 # ---------------------------------------------------------------------- the agent of a node
 
 
@@ -259,6 +283,7 @@ class _Agent:
 
     def run(self) -> None:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self.news.put(pickle.dumps([("facts", self.host, self._facts())]))
         next_beat = 0.0
         try:
             while True:
@@ -277,6 +302,15 @@ class _Agent:
                     self.news.put(pickle.dumps(news))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the driver has to know of this node."""
+        try:
+            # As Dragon itself would load it, whose process here started this one.
+            ctypes.CDLL("libpmix.so")
+        except OSError:
+            return {"pmix": False}
+        return {"pmix": True}
 
     def _wait(self) -> list[_Worker]:
         """Wait for the end of a worker, not for long, and return those that have ended."""

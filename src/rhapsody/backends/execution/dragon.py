@@ -279,7 +279,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         told = [
             ("ended", one[1], read_end(one[2]), one[3], one[4]) if one[0] == "ended" else one
             for one in news
-            if one[0] != "beat"
+            if one[0] not in ("beat", "facts")
         ]
         if told:
             self._on_loop(self._on_news, told)
