@@ -137,6 +137,19 @@ def test_an_isolated_function_has_a_process_of_its_own(dragon: Runtime) -> None:
     dragon.call(_isolated)
 
 
+async def _large_call() -> None:
+    task = ComputeTask(
+        function=len, args=(bytes(20 << 20),), resources=Resources(ranks=2), **options(pmi=None)
+    )
+    await work.run(task)
+    assert task.return_value == [20 << 20] * 2, task.exception
+    assert not [n for n in os.listdir(work.backend().work_dir) if n.endswith(".call")]
+
+
+def test_arguments_of_a_job_larger_than_dragon_takes(dragon: Runtime) -> None:
+    dragon.call(_large_call)
+
+
 async def _ddict() -> dict[str, int]:
     ddict = await work.backend().create_ddict(1, 1, 64 << 20)
 

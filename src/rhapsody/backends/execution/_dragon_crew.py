@@ -26,7 +26,7 @@ from rhapsody.runtime.machine import granted_cores
 from . import _dragon_node as remote
 from ._dragon_plan import TEMPLATE_KEYS, Flight, Nodes
 
-__all__ = ["Crew", "Post"]
+__all__ = ["Crew", "Post", "spilled"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ Hear = Callable[..., None]
 
 # Bytes of shared memory for Batch's own results, per node: ours do not pass there.
 _RESULTS = 128 << 20
+# Bytes of a call from which on it goes through a file: Dragon takes 128 KiB for all arguments of a
+# process.
+_LARGEST_ARGUMENT = 64 << 10
 _AGENT_START = 60.0  # seconds for the first beat of every node
 # Seconds between two looks for news, while tasks are in flight and while there are none. Dragon's
 # own wait for a message costs more CPU, and cannot be ended.
@@ -271,7 +274,9 @@ class Crew:
             # Dragon leaves a pipe open there, at which who reads would wait for good (0.15.0).
             return "/bin/sh", ("-c", 'exec "$0" "$@" </dev/null', _found(name), *words)
         path = f"{flight.jobs[rank][1]['stdout']}.result"
-        return remote.run_rank, (self._site, flight.number, rank, flight.data, path)
+        if flight.call is None:  # one for all ranks
+            flight.call = spilled(flight.data, f"{path}.call", _LARGEST_ARGUMENT)
+        return remote.run_rank, (self._site, flight.number, rank, flight.call, path)
 
     def _poll(self) -> None:
         while not self._closing:
@@ -332,6 +337,15 @@ class Crew:
         with contextlib.suppress(queues.Empty):
             return bool(flight.handle.cancel(timeout=5.0))
         return False
+
+
+def spilled(data: bytes, path: str, limit: int) -> bytes | str:
+    """Put what is larger than a limit into a file, and return its path."""
+    if len(data) <= limit:
+        return data
+    with open(path, "wb") as file:
+        file.write(data)
+    return path
 
 
 def _on_host(host: str) -> Any:

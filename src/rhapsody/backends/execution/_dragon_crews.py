@@ -21,16 +21,14 @@ from typing import Any
 from rhapsody.runtime import serial
 
 from . import _dragon_worker as remote
-from ._dragon_crew import Crew, Hear, Post, _on_host
-from ._dragon_node import GRACE, Site, run_rank
+from ._dragon_crew import Crew, Hear, Post, _on_host, spilled
+from ._dragon_node import GRACE, Site
 from ._dragon_places import Place, Places, spread
 from ._dragon_plan import TEMPLATE_KEYS, Flight, Nodes
 
 __all__ = ["GangCrew", "LegacyPost", "PoolCrew"]
 
-# Bytes of a call or an order from which on it goes through a file: Dragon takes 128 KiB for the
-# arguments of a process, and a message lies in shared memory.
-_LARGEST_ARGUMENT = 64 << 10
+# Bytes of an order from which on it goes through a file: a message lies in shared memory.
 _LARGEST_MESSAGE = 1 << 20
 # Seconds between two questions whether processes have ended: after a change, and at most.
 _ASK_SOON = 0.01
@@ -56,15 +54,6 @@ class LegacyPost(Post):
         """Ask agents to let a task run there no more; each answers when that is so."""
         for host in hosts:
             self._orders[host].put(("halt", number))
-
-
-def _spilled(data: bytes, path: str, limit: int) -> bytes | str:
-    """Put what is too large for a message into a file, and return its path."""
-    if len(data) <= limit:
-        return data
-    with open(path, "wb") as file:
-        file.write(data)
-    return path
 
 
 class _Thread:
@@ -116,7 +105,6 @@ class _Gang:
         self.puids: list[int] = []  # in rank order
         self.codes: dict[int, int] = {}
         self.group: Any = None  # the ProcessGroup of an MPI job
-        self.call: str | None = None  # the file that its call is in
 
 
 class GangCrew(Crew):
@@ -240,17 +228,6 @@ class GangCrew(Crew):
                     del fields[stream]
         return kind(target, args=args, **fields)
 
-    def _target(self, flight: Flight, rank: int) -> tuple[Any, tuple[Any, ...]]:
-        if flight.data is None:
-            return super()._target(flight, rank)
-        gang: _Gang = flight.handle
-        path = f"{flight.jobs[rank][1]['stdout']}.result"
-        call: bytes | str = gang.call or flight.data
-        if gang.call is None:
-            call = _spilled(flight.data, f"{path}.call", _LARGEST_ARGUMENT)
-            gang.call = call if isinstance(call, str) else None
-        return run_rank, (self._site, flight.number, rank, call, path)
-
     def _see_who_ended(self) -> bool:
         process: Any = importlib.import_module("dragon.globalservices.process")
         puids = [puid for gang in self._gangs for puid in gang.puids if puid not in gang.codes]
@@ -268,9 +245,6 @@ class GangCrew(Crew):
 
     def _leave(self, gang: _Gang) -> None:
         self._places.give_back(gang.places)
-        if gang.call is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(gang.call)
         if gang.group is not None:
             # The exit codes are known; a group over several nodes raises here in 0.15.0.
             with contextlib.suppress(Exception):
@@ -501,7 +475,7 @@ class PoolCrew(Crew):
     def _send(self, flight: Flight, host: str) -> None:
         assert flight.data is not None
         path = os.path.join(self._folder(), f".{flight.number}.order")
-        data = _spilled(flight.data, path, _LARGEST_MESSAGE)
+        data = spilled(flight.data, path, _LARGEST_MESSAGE)
         self._nodes[host].queue.put(pickle.dumps((flight.number, data), pickle.HIGHEST_PROTOCOL))
 
     def _start_worker(self, host: str) -> None:

@@ -72,8 +72,8 @@ class Flight:
     """A task between its submit and its end."""
 
     __slots__ = (
-        "begun", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number", "overdue",
-        "pmi", "rank_ends", "started", "stopping", "task", "timer", "uid",
+        "begun", "call", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number",
+        "overdue", "pmi", "rank_ends", "started", "stopping", "task", "timer", "uid",
     )  # fmt: skip
 
     def __init__(self, task: Task, number: int) -> None:
@@ -81,6 +81,7 @@ class Flight:
         self.uid: str = task["uid"]
         self.number = number
         self.data: bytes | None = None  # the order for a worker, or the call of ranks
+        self.call: bytes | str | None = None  # as the ranks get it: or a file that it is in
         self.jobs: list[tuple[int, dict[str, Any]]] = []  # or the templates of a job
         self.pmi: str | None = None
         self.crew: Any = None  # the one that has it

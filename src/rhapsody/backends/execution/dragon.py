@@ -335,6 +335,9 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             del self._by_uid[flight.uid]
         if flight.timer is not None:
             flight.timer.cancel()
+        if isinstance(flight.call, str):
+            with contextlib.suppress(OSError):  # who needs it no more does not fail for it
+                os.unlink(flight.call)
         if flight.stopping is not None and not flight.stopping.done():
             flight.stopping.set_result(state == "CANCELED")
         if state == "CANCELED" and flight.overdue is not None:
