@@ -17,13 +17,15 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rhapsody.runtime import serial
 from rhapsody.runtime.machine import granted_cores
 
 from . import _dragon_node as remote
+from ._dragon_places import Places, on_host, on_place
 from ._dragon_plan import TEMPLATE_KEYS, Flight, Nodes
 
 __all__ = ["Crew", "Post", "spilled"]
@@ -67,40 +69,46 @@ class Post:
         self.beats: dict[str, float] = {}  # by host: when its last beat was heard
         self.facts: dict[str, dict[str, Any]] = {}  # by host: an agent's first word
         self.site = remote.Site("", b"")
-        self.nodes = Nodes({}, {})
+        self.places = Places(Nodes({}, {}, {}))
 
     def open(self, num_nodes: int | None) -> None:
         """Start an agent on each node, and wait for their first beats. Blocks."""
         native: Any = importlib.import_module("dragon.native.queue")
         machine: Any = importlib.import_module("dragon.native.machine")
         found = [machine.Node(uid) for uid in machine.System().nodes][:num_nodes]
-        self.nodes = Nodes(
-            {node.hostname: max(1, node.num_cpus // 2) for node in found},
-            {node.hostname: list(node.gpus or ()) for node in found},
-        )
+        cores = {node.hostname: max(1, node.num_cpus // 2) for node in found}
+        gpus = {node.hostname: list(node.gpus or ()) for node in found}
         self._queue = native.Queue()
         self.site = remote.Site(secrets.token_hex(16), serial.dumps(self._queue, "queue"))
-        for host in self.nodes.cores:
+        for host in cores:
             self._orders[host] = native.Queue()
             self._start_agent(host)
         threading.Thread(target=self._read, daemon=True, name="dragon-news").start()
         deadline = time.monotonic() + _AGENT_START
-        while missing := self.nodes.cores.keys() - self.beats.keys():
+        while missing := cores.keys() - self.beats.keys():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no sign of life from {', '.join(sorted(missing))}")
             time.sleep(_LOOK_EVERY)
-        self.nodes = self._nodes(self.nodes.cores, self.nodes.gpus)
-
-    def _nodes(self, cores: Mapping[str, int], gpus: Mapping[str, list[int]]) -> Nodes:
-        """The nodes, when all agents have told of them."""
+        cpus = {host: self.facts[host]["cpus"] for host in cores}
         without_pmix = [host for host in cores if not self.facts[host]["pmix"]]
-        return Nodes(cores, gpus, without_pmix)
+        self.places = Places(Nodes(self._cores(cores, cpus), gpus, cpus, without_pmix))
+
+    @property
+    def nodes(self) -> Nodes:
+        """What there is, when it is open."""
+        return self.places.nodes
+
+    def _cores(
+        self, cores: Mapping[str, int], cpus: Mapping[str, Sequence[int]]
+    ) -> Mapping[str, int]:
+        """How many ranks each node can have at once: as Batch counts, or by its CPUs."""
+        return cores
 
     def _start_agent(self, host: str) -> None:
         process: Any = importlib.import_module("dragon.native.process")
         orders = serial.dumps(self._orders[host], "queue")
         agent = process.Process(
-            target=self.agent, args=(self.site, orders, host), policy=_on_host(host)
+            target=self.agent, args=(self.site, orders, host), policy=on_host(host)
         )
         agent.start()
         self._agents.append(agent)
@@ -180,11 +188,15 @@ class Crew:
         self._unbegun: dict[str, Flight] = {}  # jobs, by the file that their first rank opens
         self._work: queues.SimpleQueue[list[Flight] | None] = queues.SimpleQueue()
         self._closing = False
+        self._places: Places
 
-    def open(self, num_nodes: int | None, nodes: Nodes, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
         """Make the Batch, and start the threads. Blocks."""
         batch: Any = importlib.import_module("dragon.workflows.batch.batch")
         granted = len(granted_cores())
+        nodes = places.nodes
+        self._places = places
+        places.on_free(self._look_again)
         settings = {
             # Half of what the kernel counts is the most that Batch takes; Slurm may grant less.
             "workers_per_node": max(1, min(granted, *nodes.cores.values())),
@@ -207,24 +219,47 @@ class Crew:
         self._closing = True
         self._work.put(None)
         self.batch.terminate(timeout=5.0)
+        for flight in list(self.flights.values()):
+            self._places.give_back(flight)
 
     # ------------------------------------------------------------------ threads
 
     def _submit_all(self) -> None:
+        waiting: deque[Flight] = deque()  # for places, in the order in which they came
         while (flights := self._work.get()) is not None:
             for flight in flights:
-                with self._lock:
-                    early = self._submit_one(flight)
-                if early:
-                    self._ended(early)
+                if flight.pinned:
+                    waiting.append(flight)
+                else:
+                    self._submit_now(flight)
+            while waiting and not self._closing:
+                if not (self._is_gone(waiting[0]) or self._places.take(waiting[0])):
+                    break
+                self._submit_now(waiting.popleft())
+
+    def _look_again(self) -> None:
+        """Places have become free."""
+        if not self._closing:
+            self._work.put([])
+
+    def _is_gone(self, flight: Flight) -> bool:
+        return flight.ended or flight in self._withdrawn
+
+    def _submit_now(self, flight: Flight) -> None:
+        with self._lock:
+            early = self._submit_one(flight)
+        if early:
+            self._ended(early)
 
     def _submit_one(self, flight: Flight) -> str | None:
         """Give a task to Batch, unless it was withdrawn; its name there if it has ended already."""
-        if flight.ended or flight in self._withdrawn:
+        if self._is_gone(flight):
+            self._places.give_back(flight)
             return None
         try:
             handle = self._submit(flight)
         except Exception as error:  # what Dragon finds wrong with a task has any class
+            self._places.give_back(flight)
             self._hear(self, flight, "refused", error)
             return None
         flight.handle = handle
@@ -254,9 +289,10 @@ class Crew:
         templates = []
         for rank, (count, fields) in enumerate(flight.jobs):
             target, args = self._target(flight, rank)
-            template = process.ProcessTemplate(
-                target, args=args, **{k: v for k, v in fields.items() if k in TEMPLATE_KEYS}
-            )
+            kept = {k: v for k, v in fields.items() if k in TEMPLATE_KEYS}
+            if flight.places:
+                kept["policy"] = on_place(flight.places[rank], kept.get("policy"))
+            template = process.ProcessTemplate(target, args=args, **kept)
             templates.append((count, template))
         if len(templates) == 1:
             return self.batch.process(templates[0][1])
@@ -309,6 +345,7 @@ class Crew:
                 return
             if flight.jobs:
                 self._unbegun.pop(str(flight.jobs[0][1].get("stdout")), None)
+        self._places.give_back(flight)
         # Batch keeps every task for ever; there is no public way to let go of one. Read in 0.15.0.
         self.batch._task_log_tasks.pop(tuid, None)
         if flight.ended and not flight.jobs:
@@ -346,11 +383,6 @@ def spilled(data: bytes, path: str, limit: int) -> bytes | str:
     with open(path, "wb") as file:
         file.write(data)
     return path
-
-
-def _on_host(host: str) -> Any:
-    policy: Any = importlib.import_module("dragon.infrastructure.policy").Policy
-    return policy(placement=policy.Placement.HOST_NAME, host_name=host)
 
 
 def _found(executable: str) -> str:

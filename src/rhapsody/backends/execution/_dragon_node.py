@@ -17,6 +17,7 @@ import importlib
 import os
 import pickle
 import queue as queues
+import re
 import select
 import shutil
 import socket
@@ -29,6 +30,7 @@ from typing import Any, NamedTuple
 
 from rhapsody.runtime import serial
 from rhapsody.runtime.calls import is_coroutine
+from rhapsody.runtime.machine import granted_cores
 
 __all__ = ["Order", "Patience", "Site", "agent", "run_order", "run_rank"]
 
@@ -271,6 +273,15 @@ def agent(site: Site, orders: bytes, host: str) -> None:
     _Agent(site, pickle.loads(orders), host).run()
 
 
+def _first_thread(cpu: int) -> tuple[int, int]:
+    """Sort hardware threads of one core together."""
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+            return int(re.split("[,-]", file.read())[0]), cpu
+    except (OSError, ValueError):  # no such file in here: each is a core
+        return cpu, cpu
+
+
 class _Agent:
     def __init__(self, site: Site, orders: Any, host: str) -> None:
         self.news = pickle.loads(site.queue)
@@ -308,9 +319,10 @@ class _Agent:
         try:
             # As Dragon itself would load it, whose process here started this one.
             ctypes.CDLL("libpmix.so")
+            pmix = True
         except OSError:
-            return {"pmix": False}
-        return {"pmix": True}
+            pmix = False
+        return {"cpus": sorted(granted_cores(), key=_first_thread), "pmix": pmix}
 
     def _wait(self) -> list[_Worker]:
         """Wait for the end of a worker, not for long, and return those that have ended."""

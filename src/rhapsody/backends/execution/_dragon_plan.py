@@ -7,9 +7,10 @@ import os
 import pickle
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rhapsody.backends.base import Task, kind_of
 from rhapsody.runtime import serial
@@ -19,7 +20,17 @@ from rhapsody.runtime.resources import Resources
 
 from ._dragon_node import Order
 
-__all__ = ["OPTIONS", "TEMPLATE_KEYS", "Flight", "Nodes", "Planner", "check_options"]
+__all__ = [
+    "OPTIONS",
+    "TEMPLATE_KEYS",
+    "Flight",
+    "Nodes",
+    "Place",
+    "Planner",
+    "check_options",
+    "host_of",
+    "is_job",
+]
 
 #: keys of a process template; target, args and kwargs are the task's own
 TEMPLATE_KEYS = frozenset({"cwd", "env", "stdin", "stdout", "stderr", "policy", "options"})
@@ -42,21 +53,39 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 class Nodes:
-    """What the nodes of a runtime have: host name to cores, and to names of GPUs.
+    """What the nodes of a runtime have, by host name.
 
-    `cores` is what Dragon's Batch hands out: half of what the kernel counts, since it takes every
-    core for two hardware threads. `without_pmix` are the nodes on which Dragon finds no libpmix.so.
+    Args:
+        cores: how many ranks at once: for Dragon's Batch half of what the kernel counts, since it
+            takes every core for two hardware threads.
+        gpus: names of GPUs.
+        cpus: ids of the CPUs that are granted to us there, hardware threads of a core together.
+        without_pmix: the nodes on which Dragon finds no libpmix.so.
+
+    Attributes:
+        cpus: for each core that a rank can have to itself, the ids of its CPUs. Fewer than `cores`
+            where fewer CPUs are granted.
     """
 
     def __init__(
         self,
         cores: Mapping[str, int],
         gpus: Mapping[str, Sequence[int]],
+        cpus: Mapping[str, Sequence[int]],
         without_pmix: Iterable[str] = (),
     ) -> None:
         self.cores = dict(cores)
         self.gpus = {host: list(found) for host, found in gpus.items()}
+        self.cpus = {host: _in_parts(cpus[host], number) for host, number in cores.items()}
         self.without_pmix = sorted(without_pmix)
+
+    def room(self, host: str, need: Resources) -> int:
+        """How many ranks a node has room for when it is empty."""
+        pinned = wants_places(need)
+        room = (len(self.cpus[host]) if pinned else self.cores[host]) // need.cores_per_rank
+        if need.gpus_per_rank:
+            room = min(room, len(self.gpus.get(host, ())) // need.gpus_per_rank)
+        return room
 
     def describe(self) -> str:
         """Return `2 nodes: a (4 cores, 1 GPU), b (4 cores)`."""
@@ -68,12 +97,37 @@ class Nodes:
         return f"{len(said)} node{'s' * (len(said) > 1)}: {', '.join(said)}"
 
 
+def _in_parts(cpus: Sequence[int], parts: int) -> list[list[int]]:
+    """Split CPUs into so many cores of equal size, or into fewer of one CPU each.
+
+    >>> _in_parts([0, 4, 1, 5, 2], 2)
+    [[0, 4], [1, 5]]
+    """
+    size = max(1, len(cpus) // parts)
+    return [list(cpus[at : at + size]) for at in range(0, len(cpus), size)][:parts]
+
+
+class Place(NamedTuple):
+    """Where a rank runs, and what it has there."""
+
+    host: str
+    cores: list[list[int]]  # each with its CPUs
+    gpus: list[int]
+    pinned: bool
+
+    @property
+    def cpus(self) -> list[int]:
+        """The CPUs that it is bound to; none where it may use all of the node."""
+        return sorted(cpu for core in self.cores for cpu in core) if self.pinned else []
+
+
 class Flight:
     """A task between its submit and its end."""
 
     __slots__ = (
         "begun", "call", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number",
-        "overdue", "pmi", "rank_ends", "started", "stopping", "task", "timer", "uid",
+        "overdue", "pinned", "places", "pmi", "rank_ends", "started", "stopping", "task", "timer",
+        "uid",
     )  # fmt: skip
 
     def __init__(self, task: Task, number: int) -> None:
@@ -84,6 +138,8 @@ class Flight:
         self.call: bytes | str | None = None  # as the ranks get it: or a file that it is in
         self.jobs: list[tuple[int, dict[str, Any]]] = []  # or the templates of a job
         self.pmi: str | None = None
+        self.pinned = False  # whether each rank has cores and GPUs to itself
+        self.places: list[Place] = []  # that its ranks have now
         self.crew: Any = None  # the one that has it
         self.handle: Any = None  # Batch's own task
         self.begun = False
@@ -140,6 +196,7 @@ class Planner:
         if self._all_jobs or is_job(task, options):
             flight.data = call
             flight.jobs = self._templates(task, options, need or Resources())
+            flight.pinned = wants_places(need)
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
@@ -151,9 +208,7 @@ class Planner:
         self, task: Task, options: Mapping[str, Any], need: Resources
     ) -> list[tuple[int, dict[str, Any]]]:
         """One template per rank, each with files of its own for what it prints."""
-        given = options.get("process_templates") or [
-            (need.ranks, options.get("process_template") or {})
-        ]
+        given = _templates_of(task["uid"], options, need.ranks) or [(need.ranks, {})]
         env = {**(need.env or {}), **(options.get("env") or {})}
         cwd = options.get("cwd") or need.cwd or self._cwd
         base = os.path.join(self._work_dir(), task["uid"])
@@ -175,6 +230,16 @@ def is_job(task: Task, options: Mapping[str, Any]) -> bool:
     asked = need is not None and (need.ranks > 1 or need.cores > 1 or need.gpus > 0)
     templates = "process_template" in options or "process_templates" in options
     return bool(asked or templates or options.get("isolated"))
+
+
+def wants_places(need: Resources | None) -> bool:
+    """Whether a task's ranks shall have cores and GPUs to themselves."""
+    return need is not None and (need.cores_per_rank > 1 or need.gpus_per_rank > 0)
+
+
+def host_of(template: Mapping[str, Any]) -> str | None:
+    """The host that the policy of a process template names."""
+    return getattr(template.get("policy"), "host_name", None) or None
 
 
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
@@ -250,17 +315,24 @@ def check_options(
         _check_function(uid, options)
     elif all_jobs or is_job(task, options):
         _check_executable(uid, task, options)
-    if nodes is not None:
-        _check_room(uid, task, options, nodes)
+    if nodes is not None and (all_jobs or is_job(task, options)):
+        _check_room(uid, task, options, nodes, all_places=all_jobs)
 
 
 def _is_bool(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, bool) and bool not in kinds
 
 
-def _templates_of(uid: str, options: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+def _templates_of(
+    uid: str, options: Mapping[str, Any], ranks: int = 1
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """The templates that a task names, with how many ranks are like each; `ranks` of a single one.
+
+    Raises:
+        TaskValidationError: they are not described so.
+    """
     if (one := options.get("process_template")) is not None:
-        return [(1, one)]
+        return [(ranks, one)]
     found = []
     for pair in options.get("process_templates") or ():
         try:
@@ -289,7 +361,7 @@ def _check_template(uid: str, count: int, template: Mapping[str, Any], nodes: No
             f"task '{uid}': a process template does not have {', '.join(sorted(unknown))};"
             f" accepted: {', '.join(sorted(TEMPLATE_KEYS))}"
         )
-    host = getattr(template.get("policy"), "host_name", None)
+    host = host_of(template)
     if host and nodes is not None and host not in nodes.cores:
         # Dragon's runtime as a whole would abort.
         raise ResourceError(
@@ -319,22 +391,30 @@ def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_room(uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes) -> None:
-    if not is_job(task, options):
-        return
+def _check_room(
+    uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes, *, all_places: bool
+) -> None:
+    """Refuse what would wait for ever; with `all_places` all ranks wait for a place of their own.
+
+    A rank on a host of its choice counts there where we hand out the places.
+    """
     need: Resources = task.get("resources") or Resources()
-    ranks = sum(count for count, _ in _templates_of(uid, options)) or need.ranks
-    room = sum(
-        min(
-            cores // need.cores_per_rank,
-            len(nodes.gpus.get(host, ())) // need.gpus_per_rank if need.gpus_per_rank else cores,
-        )
-        for host, cores in nodes.cores.items()
-    )
-    if ranks > room:
+    wanted = Counter[str | None]()
+    for count, template in _templates_of(uid, options, need.ranks) or [(need.ranks, {})]:
+        wanted[host_of(template) if all_places or wants_places(need) else None] += count
+    ranks = sum(wanted.values())
+    rooms = {host: nodes.room(host, need) for host in nodes.cores}
+    asked = f"of {need.cores_per_rank} cores and {need.gpus_per_rank} GPUs"
+    for host, count in wanted.items():
+        if host is not None and count > rooms[host]:
+            raise ResourceError(
+                f"task '{uid}' asks for {count} ranks {asked} on {host!r}, and there is room for"
+                f" {rooms[host]} there, on {nodes.describe()}"
+            )
+    if ranks > (room := sum(rooms.values())):
         raise ResourceError(
-            f"task '{uid}' asks for {ranks} ranks of {need.cores_per_rank} cores and"
-            f" {need.gpus_per_rank} GPUs, and there is room for {room} on {nodes.describe()}"
+            f"task '{uid}' asks for {ranks} ranks {asked}, and there is room for {room} on"
+            f" {nodes.describe()}"
         )
     if ranks > 1 and options.get("pmi", "pmix") == "pmix" and nodes.without_pmix:
         raise ResourceError(

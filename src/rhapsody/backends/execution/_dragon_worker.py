@@ -18,8 +18,6 @@ import socket
 import time
 from typing import Any
 
-from rhapsody.runtime.machine import granted_cores
-
 from ._dragon_node import (
     GRACE,
     Order,
@@ -157,9 +155,6 @@ class _StoppingAgent(_Agent):
                 for pid in pids:
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
-
-    def _facts(self) -> dict[str, Any]:
-        return {**super()._facts(), "granted": len(granted_cores())}
 
     def _order(self) -> Any:
         while isinstance(order := super()._order(), tuple) and order[0] == "halt":

@@ -152,7 +152,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         self._numbers += 1
         crew = self._new_crew(self._numbers, self._post.site)
         await on_thread(
-            crew.open, self._num_nodes, self._post.nodes, self._batch_kwargs, timeout=_OPEN
+            crew.open, self._num_nodes, self._post.places, self._batch_kwargs, timeout=_OPEN
         )
         self._crews[crew.number] = self._crew = crew
         pending, self._pending = self._pending, []
