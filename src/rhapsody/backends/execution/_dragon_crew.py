@@ -22,11 +22,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rhapsody.runtime import serial
-from rhapsody.runtime.machine import granted_cores
 
 from . import _dragon_node as remote
 from ._dragon_places import Places, on_host, on_place
 from ._dragon_plan import TEMPLATE_KEYS, Flight, Nodes
+from ._dragon_topology import find_nodes, workers_per_node
 
 __all__ = ["Crew", "Post", "spilled"]
 
@@ -74,10 +74,9 @@ class Post:
     def open(self, num_nodes: int | None) -> None:
         """Start an agent on each node, and wait for their first beats. Blocks."""
         native: Any = importlib.import_module("dragon.native.queue")
-        machine: Any = importlib.import_module("dragon.native.machine")
-        found = [machine.Node(uid) for uid in machine.System().nodes][:num_nodes]
-        cores = {node.hostname: max(1, node.num_cpus // 2) for node in found}
-        gpus = {node.hostname: list(node.gpus or ()) for node in found}
+        found = find_nodes(num_nodes)
+        cores = {node.host: node.cores for node in found}
+        gpus = {node.host: node.gpus for node in found}
         self._queue = native.Queue()
         self.site = remote.Site(secrets.token_hex(16), serial.dumps(self._queue, "queue"))
         for host in cores:
@@ -193,13 +192,11 @@ class Crew:
     def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
         """Make the Batch, and start the threads. Blocks."""
         batch: Any = importlib.import_module("dragon.workflows.batch.batch")
-        granted = len(granted_cores())
         nodes = places.nodes
         self._places = places
         places.on_free(self._look_again)
         settings = {
-            # Half of what the kernel counts is the most that Batch takes; Slurm may grant less.
-            "workers_per_node": max(1, min(granted, *nodes.cores.values())),
+            "workers_per_node": workers_per_node(nodes.cores),
             "results_ddict_mem": _RESULTS * len(nodes.cores),
             **batch_kwargs,
         }

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import importlib
 import os
 import pickle
@@ -31,6 +30,7 @@ from typing import Any, NamedTuple
 from rhapsody.runtime import serial
 from rhapsody.runtime.calls import is_coroutine
 from rhapsody.runtime.machine import granted_cores
+from rhapsody.runtime.pmix import can_load_pmix
 
 __all__ = ["Order", "Patience", "Site", "agent", "run_order", "run_rank"]
 
@@ -316,13 +316,8 @@ class _Agent:
 
     def _facts(self) -> dict[str, Any]:
         """What the driver has to know of this node."""
-        try:
-            # As Dragon itself would load it, whose process here started this one.
-            ctypes.CDLL("libpmix.so")
-            pmix = True
-        except OSError:
-            pmix = False
-        return {"cpus": sorted(granted_cores(), key=_first_thread), "pmix": pmix}
+        # Dragon itself, whose process here started this one, would load the library as we do.
+        return {"cpus": sorted(granted_cores(), key=_first_thread), "pmix": can_load_pmix()}
 
     def _wait(self) -> list[_Worker]:
         """Wait for the end of a worker, not for long, and return those that have ended."""
