@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,31 @@ def dragon(runtime: Runtime) -> Iterator[Runtime]:
 
 def options(**given: Any) -> dict[str, Any]:
     return {"task_backend_specific_kwargs": given}
+
+
+# ---------------------------------------------------------------------- while nothing is done
+
+
+def _our_cpu() -> float:
+    """CPU seconds so far of the agent, of our threads in the driver, and of its event loop."""
+    post = work.backend()._post
+    assert post is not None
+    (agent,) = [facts["pid"] for facts in post.facts.values()]
+    ours = [t.native_id for t in threading.enumerate() if t.name.startswith(("dragon-", "Main"))]
+    tasks = [Path("/proc/self/task", str(thread)) for thread in ours]
+    tasks += Path("/proc", str(agent), "task").iterdir()
+    # Nanoseconds on a CPU; user and system time in `stat` are of whole ticks.
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+async def _idle(seconds: float) -> float:
+    before = _our_cpu()
+    await asyncio.sleep(seconds)
+    return (_our_cpu() - before) / seconds
+
+
+def test_an_idle_backend_uses_next_to_no_cpu(dragon: Runtime) -> None:
+    assert dragon.call(_idle, 5.0) < 0.02  # of a core; 0.005 on two cores that others used too
 
 
 # ---------------------------------------------------------------------- functions

@@ -80,7 +80,8 @@ class Post:
         self._queue = native.Queue()
         self.site = remote.Site(secrets.token_hex(16), serial.dumps(self._queue, "queue"))
         for host in cores:
-            self._orders[host] = native.Queue()
+            # On the node that reads it: an agent that has nothing to do asks no other node.
+            self._orders[host] = native.Queue(policy=on_host(host))
             self._start_agent(host)
         threading.Thread(target=self._read, daemon=True, name="dragon-news").start()
         deadline = time.monotonic() + _AGENT_START

@@ -317,7 +317,11 @@ class _Agent:
     def _facts(self) -> dict[str, Any]:
         """What the driver has to know of this node."""
         # Dragon itself, whose process here started this one, would load the library as we do.
-        return {"cpus": sorted(granted_cores(), key=_first_thread), "pmix": can_load_pmix()}
+        return {
+            "pid": os.getpid(),
+            "cpus": sorted(granted_cores(), key=_first_thread),
+            "pmix": can_load_pmix(),
+        }
 
     def _wait(self) -> list[_Worker]:
         """Wait for the end of a worker, not for long, and return those that have ended."""
