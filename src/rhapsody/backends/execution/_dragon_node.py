@@ -20,6 +20,7 @@ import re
 import select
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -43,7 +44,7 @@ _LOOK_EVERY = 0.1
 # Bytes of a result from which on it goes through a file: a queue's message lies in shared memory.
 _SPILL = 16 << 20
 # Seconds for the process of a group of ranks to go, when they have ended.
-_GROUP_END = 120.0
+_GROUP_END = 60.0
 # Dragon cancels by an exception that it raises in the thread, which hears of it when it wakes.
 _LISTEN = 0.1
 
@@ -227,7 +228,7 @@ def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -
 
 
 class Patience:
-    """Part of a job's template. The worker of Batch that unpickles it waits longer for the end.
+    """Part of a job's template. The worker of Batch that unpickles it waits longer for its end.
 
     When the ranks have ended, that worker closes their group, and gives it 5 s. With PMIx over
     several nodes the group's own process takes 2 to 10 s, and then an error takes the place of the
@@ -241,8 +242,15 @@ class Patience:
 def _be_patient() -> Patience:
     groups: Any = importlib.import_module("dragon.native.process_group")
     process: Any = importlib.import_module("dragon.globalservices.process")
+
+    def join(puid: int, timeout: float) -> Any:
+        """Wait for the process of this one group, and longer if its ranks ended by themselves."""
+        groups.process_join = process.join
+        cancelled = sys.exc_info()[0] is not None  # then nobody asks for exit codes, but how soon
+        return process.join(puid, timeout=timeout if cancelled else _GROUP_END)
+
     # The only use of it there is that wait.
-    groups.process_join = lambda puid, timeout: process.join(puid, timeout=_GROUP_END)
+    groups.process_join = join
     return Patience()
 
 
