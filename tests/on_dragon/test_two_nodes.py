@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from rhapsody.cli import doctor
+
 from . import raw
 from .nodes import Nodes
 from .runtime import Runtime
@@ -21,6 +23,12 @@ def batch(runtime_on_two: Runtime) -> Iterator[Runtime]:
 
 def test_both_nodes_are_there(runtime_on_two: Runtime, two_nodes: Nodes) -> None:
     assert runtime_on_two.call(raw.nodes) == [(host, 4, 0) for host in two_nodes.hosts]
+
+
+def test_doctor_shows_both_nodes(runtime_on_two: Runtime, two_nodes: Nodes) -> None:
+    found = runtime_on_two.call(doctor.check_dragon)
+    assert "under Dragon on 2 nodes: " in found.found
+    assert sorted(found.data["nodes"]) == two_nodes.hosts
 
 
 def test_functions_run_on_both(batch: Runtime, two_nodes: Nodes) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,31 @@ def dragon(runtime: Runtime) -> Iterator[Runtime]:
 
 def options(**given: Any) -> dict[str, Any]:
     return {"task_backend_specific_kwargs": given}
+
+
+# ---------------------------------------------------------------------- while nothing is done
+
+
+def _our_cpu() -> float:
+    """CPU seconds so far of the agent, of our threads in the driver, and of its event loop."""
+    post = work.backend()._post
+    assert post is not None
+    (agent,) = [facts["pid"] for facts in post.facts.values()]
+    ours = [t.native_id for t in threading.enumerate() if t.name.startswith(("dragon-", "Main"))]
+    tasks = [Path("/proc/self/task", str(thread)) for thread in ours]
+    tasks += Path("/proc", str(agent), "task").iterdir()
+    # Nanoseconds on a CPU; user and system time in `stat` are of whole ticks.
+    return sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+
+
+async def _idle(seconds: float) -> float:
+    before = _our_cpu()
+    await asyncio.sleep(seconds)
+    return (_our_cpu() - before) / seconds
+
+
+def test_an_idle_backend_uses_next_to_no_cpu(dragon: Runtime) -> None:
+    assert dragon.call(_idle, 5.0) < 0.02  # of a core; 0.005 on two cores that others used too
 
 
 # ---------------------------------------------------------------------- functions
@@ -135,6 +161,19 @@ async def _isolated() -> None:
 
 def test_an_isolated_function_has_a_process_of_its_own(dragon: Runtime) -> None:
     dragon.call(_isolated)
+
+
+async def _large_call() -> None:
+    task = ComputeTask(
+        function=len, args=(bytes(20 << 20),), resources=Resources(ranks=2), **options(pmi=None)
+    )
+    await work.run(task)
+    assert task.return_value == [20 << 20] * 2, task.exception
+    assert not [n for n in os.listdir(work.backend().work_dir) if n.endswith(".call")]
+
+
+def test_arguments_of_a_job_larger_than_dragon_takes(dragon: Runtime) -> None:
+    dragon.call(_large_call)
 
 
 async def _ddict() -> dict[str, int]:

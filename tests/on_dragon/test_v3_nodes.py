@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import threading
 import time
 from collections.abc import Iterator
@@ -74,6 +75,18 @@ async def _job(ranks: int) -> None:
 def test_a_job_over_both_nodes(dragon: Runtime) -> None:
     topology = dragon.call(_topology)
     dragon.call(_job, sum(node["cores"] for node in topology.values()))
+
+
+async def _wide() -> None:
+    """Each rank wants all cores of a node, so that there is one on each."""
+    cores = min(os.cpu_count() or 1, min(n["cores"] for n in (await _topology()).values()))
+    need = Resources(ranks=2, cores_per_rank=cores)
+    (task,) = await work.run(ComputeTask(function=work.host, resources=need, **options(pmi=None)))
+    assert sorted(task.return_value) == ["node1", "node2"], task.exception
+
+
+def test_ranks_go_where_their_cores_are(dragon: Runtime) -> None:
+    dragon.call(_wide)
 
 
 async def _topology() -> dict[str, dict[str, Any]]:

@@ -26,8 +26,18 @@ SMALL = "/opt/rhapsody/lib/python3.11/site-packages/rhapsody/runtime/_small"
 TOOLS = Path("/opt/testing")
 
 #: the melt example in its smallest form
-SMALL_MELT = ("--temperatures", "0.6", "0.7", "0.8", "--more", "1", "--steps", "800")
-SMALL_MELT += ("--cells", "4")
+SMALL_MELT = [
+    "--temperatures",
+    "0.6",
+    "0.7",
+    "0.8",
+    "--more",
+    "1",
+    "--steps",
+    "800",
+    "--cells",
+    "4",
+]
 
 _numbers = itertools.count()
 _DOCKERFILE = """\

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from integration import docker_engine
+from integration import docker_engine, machine
 from integration.docker_engine import ROOT, docker, image
 
 from .images import SHM, SMALL, SMALL_MELT, in_docker
@@ -195,7 +195,7 @@ def test_a_stop_reaches_what_a_workflow_started(images: None, folder: Path) -> N
         "run", "--detach", "--name", name, *options, image("core"), "rhapsody", "run", "workflow.py"
     )
     try:
-        docker_engine.machine.until((folder / "runs").exists, 30, "the task to run")
+        machine.until((folder / "runs").exists, 30, "the task to run")
         began = time.monotonic()
         docker("stop", "--time", "30", name)
         assert time.monotonic() - began < 15

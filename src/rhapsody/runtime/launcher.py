@@ -28,7 +28,8 @@ from . import head, keeper, offspring, warden
 from .keeper import BEAT_SECONDS, LOST_BEATS
 from .launcher_output import LauncherOutput
 from .outside import is_stand_in
-from .run_folder import Report, make_folder, read_report, with_programs
+from .pmix import with_pmix
+from .run_folder import Report, libraries, make_folder, read_report, with_programs
 from .segments import Segments
 
 __all__ = ["PASSED_ON", "Job", "supervise"]
@@ -192,7 +193,7 @@ class _Supervisor:
         self.launcher = os.posix_spawn(
             line[0],
             line,
-            {**self.job.environ, "PATH": path},
+            with_pmix({**self.job.environ, "PATH": path}, lambda: libraries(self.folder)),
             file_actions=[
                 (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
                 (os.POSIX_SPAWN_DUP2, writer, 1),

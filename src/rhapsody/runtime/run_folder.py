@@ -1,7 +1,8 @@
 """The folder of a run of `rhapsody launch`: what crosses processes and hosts, and stand-ins.
 
 What is in it: the head's report, the wish to stop and the bell (see `head`), the count that says
-that the supervisor lives (see `keeper`), and `bin`, the first folder on Dragon's PATH.
+that the supervisor lives (see `keeper`), `bin`, the first folder on Dragon's PATH, and `lib`, for
+libraries that Dragon has to find.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import NamedTuple
 
 from . import head, keeper, outside
 
-__all__ = ["Report", "make_folder", "read_report", "with_programs"]
+__all__ = ["Report", "libraries", "make_folder", "read_report", "with_programs"]
 
 _NO_CLEANUP = """\
 #!/bin/sh
@@ -99,6 +100,13 @@ def _parsed(text: str) -> Report:
         else:
             report = report._replace(ended=int(rest[0]))
     return report
+
+
+def libraries(folder: str) -> str:
+    """Make the folder for libraries, and return its path."""
+    path = os.path.join(folder, "lib")
+    os.mkdir(path)
+    return path
 
 
 def with_programs(folder: str, path: str) -> str:

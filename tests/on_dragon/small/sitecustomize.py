@@ -2,11 +2,13 @@
 
 ``RHAPSODY_TEST_CPUS``, ``RHAPSODY_TEST_GPUS``: how many each node says it has. Two ranks on a node
 need four logical CPUs, and Batch takes half of them for workers.
+``RHAPSODY_TEST_SLOW_GROUPS``: seconds that groups of MPI ranks take to go.
 """
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,10 +35,23 @@ def _gpus(module: Any) -> None:
     )
 
 
+def _slow_groups(module: Any) -> None:
+    # As on a slow machine: when its ranks have ended, a group of MPI takes this long to go.
+    clean_up = module.cleanup_pmix_resources
+
+    def cleanup_pmix_resources(guid: int) -> Any:
+        time.sleep(float(os.environ["RHAPSODY_TEST_SLOW_GROUPS"]))
+        return clean_up(guid)
+
+    module.cleanup_pmix_resources = cleanup_pmix_resources
+
+
 patches: dict[str, Callable[[Any], None]] = {}
 if "RHAPSODY_TEST_CPUS" in os.environ:
     patches["dragon.infrastructure.node_desc"] = _cpus
 if "RHAPSODY_TEST_GPUS" in os.environ:
     patches["dragon.infrastructure.gpu_desc"] = _gpus
+if "RHAPSODY_TEST_SLOW_GROUPS" in os.environ:
+    patches["dragon.globalservices.group"] = _slow_groups
 if patches:
     install(patches)

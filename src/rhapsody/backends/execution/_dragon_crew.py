@@ -17,16 +17,18 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rhapsody.runtime import serial
-from rhapsody.runtime.machine import granted_cores
 
 from . import _dragon_node as remote
+from ._dragon_places import Places, on_host, on_place
 from ._dragon_plan import TEMPLATE_KEYS, Flight, Nodes
+from ._dragon_topology import find_nodes, workers_per_node
 
-__all__ = ["Crew", "Post"]
+__all__ = ["Crew", "Post", "spilled"]
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +36,9 @@ Hear = Callable[..., None]
 
 # Bytes of shared memory for Batch's own results, per node: ours do not pass there.
 _RESULTS = 128 << 20
+# Bytes of a call from which on it goes through a file: Dragon takes 128 KiB for all arguments of a
+# process.
+_LARGEST_ARGUMENT = 64 << 10
 _AGENT_START = 60.0  # seconds for the first beat of every node
 # Seconds between two looks for news, while tasks are in flight and while there are none. Dragon's
 # own wait for a message costs more CPU, and cannot be ended.
@@ -62,35 +67,48 @@ class Post:
         self._leaving = threading.Event()
         self.busy = threading.Event()
         self.beats: dict[str, float] = {}  # by host: when its last beat was heard
+        self.facts: dict[str, dict[str, Any]] = {}  # by host: an agent's first word
         self.site = remote.Site("", b"")
-        self.nodes = Nodes({}, {})
+        self.places = Places(Nodes({}, {}, {}))
 
     def open(self, num_nodes: int | None) -> None:
         """Start an agent on each node, and wait for their first beats. Blocks."""
         native: Any = importlib.import_module("dragon.native.queue")
-        machine: Any = importlib.import_module("dragon.native.machine")
-        found = [machine.Node(uid) for uid in machine.System().nodes][:num_nodes]
-        self.nodes = Nodes(
-            {node.hostname: max(1, node.num_cpus // 2) for node in found},
-            {node.hostname: list(node.gpus or ()) for node in found},
-        )
+        found = find_nodes(num_nodes)
+        cores = {node.host: node.cores for node in found}
+        gpus = {node.host: node.gpus for node in found}
         self._queue = native.Queue()
         self.site = remote.Site(secrets.token_hex(16), serial.dumps(self._queue, "queue"))
-        for host in self.nodes.cores:
-            self._orders[host] = native.Queue()
+        for host in cores:
+            # On the node that reads it: an agent that has nothing to do asks no other node.
+            self._orders[host] = native.Queue(policy=on_host(host))
             self._start_agent(host)
         threading.Thread(target=self._read, daemon=True, name="dragon-news").start()
         deadline = time.monotonic() + _AGENT_START
-        while missing := self.nodes.cores.keys() - self.beats.keys():
+        while missing := cores.keys() - self.beats.keys():
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no sign of life from {', '.join(sorted(missing))}")
             time.sleep(_LOOK_EVERY)
+        cpus = {host: self.facts[host]["cpus"] for host in cores}
+        without_pmix = [host for host in cores if not self.facts[host]["pmix"]]
+        self.places = Places(Nodes(self._cores(cores, cpus), gpus, cpus, without_pmix))
+
+    @property
+    def nodes(self) -> Nodes:
+        """What there is, when it is open."""
+        return self.places.nodes
+
+    def _cores(
+        self, cores: Mapping[str, int], cpus: Mapping[str, Sequence[int]]
+    ) -> Mapping[str, int]:
+        """How many ranks each node can have at once: as Batch counts, or by its CPUs."""
+        return cores
 
     def _start_agent(self, host: str) -> None:
         process: Any = importlib.import_module("dragon.native.process")
         orders = serial.dumps(self._orders[host], "queue")
         agent = process.Process(
-            target=self.agent, args=(self.site, orders, host), policy=_on_host(host)
+            target=self.agent, args=(self.site, orders, host), policy=on_host(host)
         )
         agent.start()
         self._agents.append(agent)
@@ -122,6 +140,8 @@ class Post:
                 for one in news:
                     if one[0] == "beat":
                         self.beats[one[1]] = now
+                    elif one[0] == "facts":
+                        self.facts[one[1]] = one[2]
                 self._hear(news)
             else:
                 time.sleep(_LOOK_EVERY if self.busy.is_set() else _IDLE_EVERY)
@@ -168,14 +188,16 @@ class Crew:
         self._unbegun: dict[str, Flight] = {}  # jobs, by the file that their first rank opens
         self._work: queues.SimpleQueue[list[Flight] | None] = queues.SimpleQueue()
         self._closing = False
+        self._places: Places
 
-    def open(self, num_nodes: int | None, nodes: Nodes, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
         """Make the Batch, and start the threads. Blocks."""
         batch: Any = importlib.import_module("dragon.workflows.batch.batch")
-        granted = len(granted_cores())
+        nodes = places.nodes
+        self._places = places
+        places.on_free(self._look_again)
         settings = {
-            # Half of what the kernel counts is the most that Batch takes; Slurm may grant less.
-            "workers_per_node": max(1, min(granted, *nodes.cores.values())),
+            "workers_per_node": workers_per_node(nodes.cores),
             "results_ddict_mem": _RESULTS * len(nodes.cores),
             **batch_kwargs,
         }
@@ -195,24 +217,47 @@ class Crew:
         self._closing = True
         self._work.put(None)
         self.batch.terminate(timeout=5.0)
+        for flight in list(self.flights.values()):
+            self._places.give_back(flight)
 
     # ------------------------------------------------------------------ threads
 
     def _submit_all(self) -> None:
+        waiting: deque[Flight] = deque()  # for places, in the order in which they came
         while (flights := self._work.get()) is not None:
             for flight in flights:
-                with self._lock:
-                    early = self._submit_one(flight)
-                if early:
-                    self._ended(early)
+                if flight.pinned:
+                    waiting.append(flight)
+                else:
+                    self._submit_now(flight)
+            while waiting and not self._closing:
+                if not (self._is_gone(waiting[0]) or self._places.take(waiting[0])):
+                    break
+                self._submit_now(waiting.popleft())
+
+    def _look_again(self) -> None:
+        """Places have become free."""
+        if not self._closing:
+            self._work.put([])
+
+    def _is_gone(self, flight: Flight) -> bool:
+        return flight.ended or flight in self._withdrawn
+
+    def _submit_now(self, flight: Flight) -> None:
+        with self._lock:
+            early = self._submit_one(flight)
+        if early:
+            self._ended(early)
 
     def _submit_one(self, flight: Flight) -> str | None:
         """Give a task to Batch, unless it was withdrawn; its name there if it has ended already."""
-        if flight.ended or flight in self._withdrawn:
+        if self._is_gone(flight):
+            self._places.give_back(flight)
             return None
         try:
             handle = self._submit(flight)
         except Exception as error:  # what Dragon finds wrong with a task has any class
+            self._places.give_back(flight)
             self._hear(self, flight, "refused", error)
             return None
         flight.handle = handle
@@ -242,12 +287,14 @@ class Crew:
         templates = []
         for rank, (count, fields) in enumerate(flight.jobs):
             target, args = self._target(flight, rank)
-            template = process.ProcessTemplate(
-                target, args=args, **{k: v for k, v in fields.items() if k in TEMPLATE_KEYS}
-            )
+            kept = {k: v for k, v in fields.items() if k in TEMPLATE_KEYS}
+            if flight.places:
+                kept["policy"] = on_place(flight.places[rank], kept.get("policy"))
+            template = process.ProcessTemplate(target, args=args, **kept)
             templates.append((count, template))
         if len(templates) == 1:
             return self.batch.process(templates[0][1])
+        templates[0][1].patience = remote.Patience()
         pmi = facts.PMIBackend.from_str(flight.pmi) if flight.pmi else None
         return self.batch.options(pmi=pmi).job(templates)
 
@@ -261,7 +308,9 @@ class Crew:
             # Dragon leaves a pipe open there, at which who reads would wait for good (0.15.0).
             return "/bin/sh", ("-c", 'exec "$0" "$@" </dev/null', _found(name), *words)
         path = f"{flight.jobs[rank][1]['stdout']}.result"
-        return remote.run_rank, (self._site, flight.number, rank, flight.data, path)
+        if flight.call is None:  # one for all ranks
+            flight.call = spilled(flight.data, f"{path}.call", _LARGEST_ARGUMENT)
+        return remote.run_rank, (self._site, flight.number, rank, flight.call, path)
 
     def _poll(self) -> None:
         while not self._closing:
@@ -294,6 +343,7 @@ class Crew:
                 return
             if flight.jobs:
                 self._unbegun.pop(str(flight.jobs[0][1].get("stdout")), None)
+        self._places.give_back(flight)
         # Batch keeps every task for ever; there is no public way to let go of one. Read in 0.15.0.
         self.batch._task_log_tasks.pop(tuid, None)
         if flight.ended and not flight.jobs:
@@ -324,9 +374,13 @@ class Crew:
         return False
 
 
-def _on_host(host: str) -> Any:
-    policy: Any = importlib.import_module("dragon.infrastructure.policy").Policy
-    return policy(placement=policy.Placement.HOST_NAME, host_name=host)
+def spilled(data: bytes, path: str, limit: int) -> bytes | str:
+    """Put what is larger than a limit into a file, and return its path."""
+    if len(data) <= limit:
+        return data
+    with open(path, "wb") as file:
+        file.write(data)
+    return path
 
 
 def _found(executable: str) -> str:

@@ -15,22 +15,20 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rhapsody.runtime import serial
 
 from . import _dragon_worker as remote
-from ._dragon_crew import Crew, Hear, Post, _on_host
-from ._dragon_node import GRACE, Site, run_rank
-from ._dragon_places import Place, Places, spread
-from ._dragon_plan import TEMPLATE_KEYS, Flight, Nodes
+from ._dragon_crew import Crew, Hear, Post, spilled
+from ._dragon_node import GRACE, Site
+from ._dragon_places import Places, on_host, on_place, spread
+from ._dragon_plan import TEMPLATE_KEYS, Flight
 
 __all__ = ["GangCrew", "LegacyPost", "PoolCrew"]
 
-# Bytes of a call or an order from which on it goes through a file: Dragon takes 128 KiB for the
-# arguments of a process, and a message lies in shared memory.
-_LARGEST_ARGUMENT = 64 << 10
+# Bytes of an order from which on it goes through a file: a message lies in shared memory.
 _LARGEST_MESSAGE = 1 << 20
 # Seconds between two questions whether processes have ended: after a change, and at most.
 _ASK_SOON = 0.01
@@ -49,34 +47,15 @@ class LegacyPost(Post):
 
     agent = staticmethod(remote.agent)
 
-    def __init__(self, hear: Any) -> None:
-        super().__init__(hear)
-        self._granted: dict[str, int] = {}
-
-    def open(self, num_nodes: int | None) -> None:
-        super().open(num_nodes)
-        self.nodes = Nodes(self._granted, self.nodes.gpus)
+    def _cores(
+        self, cores: Mapping[str, int], cpus: Mapping[str, Sequence[int]]
+    ) -> Mapping[str, int]:
+        return {host: len(found) for host, found in cpus.items()}
 
     def halt(self, number: int, hosts: Iterable[str]) -> None:
         """Ask agents to let a task run there no more; each answers when that is so."""
         for host in hosts:
             self._orders[host].put(("halt", number))
-
-    def _take(self) -> list[tuple[Any, ...]]:
-        news = super()._take()
-        for one in news:
-            if one[0] == "granted":  # an agent's first word, before its first beat
-                self._granted[one[1]] = one[2]
-        return news
-
-
-def _spilled(data: bytes, path: str, limit: int) -> bytes | str:
-    """Put what is too large for a message into a file, and return its path."""
-    if len(data) <= limit:
-        return data
-    with open(path, "wb") as file:
-        file.write(data)
-    return path
 
 
 class _Thread:
@@ -122,13 +101,11 @@ def _end_all(puids: list[int]) -> None:
 class _Gang:
     """The processes of one task."""
 
-    def __init__(self, flight: Flight, places: list[Place]) -> None:
+    def __init__(self, flight: Flight) -> None:
         self.flight = flight
-        self.places = places
         self.puids: list[int] = []  # in rank order
         self.codes: dict[int, int] = {}
         self.group: Any = None  # the ProcessGroup of an MPI job
-        self.call: str | None = None  # the file that its call is in
 
 
 class GangCrew(Crew):
@@ -140,10 +117,10 @@ class GangCrew(Crew):
         self._waiting: deque[Flight] = deque()
         self._gangs: list[_Gang] = []
 
-    def open(self, num_nodes: int | None, nodes: Nodes, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
         """Start the thread."""
-        self.workers = dict(nodes.cores)
-        self._places = Places(nodes)
+        self.workers = dict(places.nodes.cores)
+        self._places = places
         self._thread.start(self._run)
 
     def submit(self, flights: list[Flight]) -> None:
@@ -195,14 +172,14 @@ class GangCrew(Crew):
                 if not self._waiting:
                     break
                 flight = self._waiting[0]
-                gone = flight.ended or flight in self._withdrawn
-                places = None if gone else self._places.take(flight)
-                if not gone and places is None and self._gangs:
+                gone = self._is_gone(flight)
+                fits = not gone and self._places.take(flight)
+                if not gone and not fits and self._gangs:
                     return started
                 self._waiting.popleft()
                 self._withdrawn.discard(flight)
-                if places is not None:
-                    self._start(_Gang(flight, places))
+                if fits:
+                    self._start(_Gang(flight))
                     started = True
                 elif not gone:
                     self._hear(self, flight, "refused", RuntimeError("no node has room for it"))
@@ -240,10 +217,10 @@ class GangCrew(Crew):
 
     def _rank(self, kind: Any, gang: _Gang, rank: int) -> Any:
         """Make a process, or a template of one, for a rank."""
-        flight, place = gang.flight, gang.places[rank]
+        flight = gang.flight
         fields = {k: v for k, v in flight.jobs[rank][1].items() if k in TEMPLATE_KEYS}
         fields["env"] = {**fields["env"], remote.MARK: remote.mark(self._site, flight.number)}
-        fields.setdefault("policy", _on_place(place))
+        fields["policy"] = on_place(flight.places[rank], fields.get("policy"))
         target, args = self._target(flight, rank)
         if flight.data is not None:
             # What a function prints goes where that of a pool's workers goes, not into files.
@@ -251,17 +228,6 @@ class GangCrew(Crew):
                 if str(fields[stream]).endswith(f"/{flight.uid}.{rank}.{stream}"):
                     del fields[stream]
         return kind(target, args=args, **fields)
-
-    def _target(self, flight: Flight, rank: int) -> tuple[Any, tuple[Any, ...]]:
-        if flight.data is None:
-            return super()._target(flight, rank)
-        gang: _Gang = flight.handle
-        path = f"{flight.jobs[rank][1]['stdout']}.result"
-        call: bytes | str = gang.call or flight.data
-        if gang.call is None:
-            call = _spilled(flight.data, f"{path}.call", _LARGEST_ARGUMENT)
-            gang.call = call if isinstance(call, str) else None
-        return run_rank, (self._site, flight.number, rank, call, path)
 
     def _see_who_ended(self) -> bool:
         process: Any = importlib.import_module("dragon.globalservices.process")
@@ -279,10 +245,7 @@ class GangCrew(Crew):
         return bool(codes)
 
     def _leave(self, gang: _Gang) -> None:
-        self._places.give_back(gang.places)
-        if gang.call is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(gang.call)
+        self._places.give_back(gang.flight)
         if gang.group is not None:
             # The exit codes are known; a group over several nodes raises here in 0.15.0.
             with contextlib.suppress(Exception):
@@ -300,15 +263,6 @@ def _group(pmi: str, templates: list[Any]) -> Any:
     group.init()
     group.start()
     return group
-
-
-def _on_place(place: Place) -> Any:
-    if not place.gpus:
-        return _on_host(place.host)
-    policy: Any = importlib.import_module("dragon.infrastructure.policy").Policy
-    return policy(
-        placement=policy.Placement.HOST_NAME, host_name=place.host, gpu_affinity=list(place.gpus)
-    )
 
 
 # ---------------------------------------------------------------------- V2
@@ -383,13 +337,14 @@ class PoolCrew(Crew):
 
     # ------------------------------------------------------------------ from outside
 
-    def open(self, num_nodes: int | None, nodes: Nodes, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
         """Start the workers, and wait until they are up. Blocks."""
+        nodes = places.nodes
         native: Any = importlib.import_module("dragon.native.queue")
         self.workers = spread(self._size or sum(nodes.cores.values()), nodes.cores)
         for host, workers in self.workers.items():
             # On the node that reads it, so that an idle worker asks no other.
-            queue = native.Queue(maxsize=_QUEUE, policy=_on_host(host))
+            queue = native.Queue(maxsize=_QUEUE, policy=on_host(host))
             self._nodes[host] = _Node(queue, workers)
         for host, workers in self.workers.items():
             for _ in range(workers):
@@ -513,7 +468,7 @@ class PoolCrew(Crew):
     def _send(self, flight: Flight, host: str) -> None:
         assert flight.data is not None
         path = os.path.join(self._folder(), f".{flight.number}.order")
-        data = _spilled(flight.data, path, _LARGEST_MESSAGE)
+        data = spilled(flight.data, path, _LARGEST_MESSAGE)
         self._nodes[host].queue.put(pickle.dumps((flight.number, data), pickle.HIGHEST_PROTOCOL))
 
     def _start_worker(self, host: str) -> None:
@@ -523,7 +478,7 @@ class PoolCrew(Crew):
             target=remote.work,
             args=(self._site, self.number, orders, host),
             cwd=self._cwd,
-            policy=_on_host(host),
+            policy=on_host(host),
         )
         worker.start()
         with self._thread.changed:

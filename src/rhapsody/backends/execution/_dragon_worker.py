@@ -18,8 +18,6 @@ import socket
 import time
 from typing import Any
 
-from rhapsody.runtime.machine import granted_cores
-
 from ._dragon_node import (
     GRACE,
     Order,
@@ -148,7 +146,6 @@ class _StoppingAgent(_Agent):
         super().__init__(site, orders, host)
         self.prefix = mark(site, 0)[:-1]
         self.halts: dict[int, _Halt] = {}
-        self.news.put(pickle.dumps([("granted", host, len(granted_cores()))]))
 
     def run(self) -> None:
         try:

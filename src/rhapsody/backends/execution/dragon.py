@@ -153,7 +153,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         self._numbers += 1
         crew = self._new_crew(self._numbers, self._post.site)
         await on_thread(
-            crew.open, self._num_nodes, self._post.nodes, self._batch_kwargs, timeout=_OPEN
+            crew.open, self._num_nodes, self._post.places, self._batch_kwargs, timeout=_OPEN
         )
         self._crews[crew.number] = self._crew = crew
         pending, self._pending = self._pending, []
@@ -278,7 +278,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
     def _from_post(self, news: list[tuple[Any, ...]]) -> None:
         """On the post's thread: unpickle results there, then wake the loop once."""
         now = time.monotonic()
-        told = [read_news(one, now) for one in news if one[0] != "beat"]
+        told = [read_news(one, now) for one in news if one[0] not in ("beat", "facts")]
         if told:
             self._on_loop(self._on_news, told)
 
@@ -331,6 +331,9 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             del self._by_uid[flight.uid]
         if flight.timer is not None:
             flight.timer.cancel()
+        if isinstance(flight.call, str):
+            with contextlib.suppress(OSError):  # who needs it no more does not fail for it
+                os.unlink(flight.call)
         if flight.stopping is not None and not flight.stopping.done():
             flight.stopping.set_result(state == "CANCELED")
         if state == "CANCELED" and flight.overdue is not None:

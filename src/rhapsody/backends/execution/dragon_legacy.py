@@ -10,18 +10,15 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 from rhapsody.backends.base import Event, Task
 from rhapsody.runtime.errors import BackendError, ResourceError, WorkerLostError
-from rhapsody.runtime.resources import Resources
 
 from ._dragon_crew import Crew, Post
 from ._dragon_crews import GangCrew, LegacyPost, PoolCrew
 from ._dragon_node import Site
-from ._dragon_places import host_of
 from ._dragon_plan import OPTIONS, Flight, Planner, check_options, is_job
 from ._dragon_runtime import on_thread
 from .dragon import _ANSWER, DragonExecutionBackendV3
@@ -189,23 +186,9 @@ class DragonExecutionBackendV1(_Legacy):
     def _check(self, task: Task, options: Mapping[str, Any]) -> None:
         nodes = self._post.nodes if self._post is not None else None
         check_options(task, options, nodes, all_jobs=True)
-        if nodes is None:
-            return
-        need: Resources = task.get("resources") or Resources()
-        pinned: Counter[str] = Counter()
-        one = options.get("process_template")
-        for count, template in options.get("process_templates") or ([(1, one)] if one else ()):
-            if host := host_of(template):
-                pinned[host] += count * need.cores_per_rank
-        for host, cores in pinned.items():
-            if cores > nodes.cores[host]:
-                raise ResourceError(
-                    f"task '{task['uid']}' asks for {cores} cores on {host!r}, and this runtime"
-                    f" has {nodes.describe()}"
-                )
 
     def _hosts_of(self, flight: Flight) -> Iterable[str]:
-        return {place.host for place in flight.handle.places}
+        return {place.host for place in flight.places}
 
 
 class DragonExecutionBackendV2(_Legacy):
