@@ -62,7 +62,7 @@ def bench(session: nox.Session) -> None:
     session.run("python", "-m", "benchmarks", *(session.posargs or ["--quick"]))
 
 
-@nox.session(python=MAIN)
+@nox.session(python=MAIN, venv_backend="virtualenv")  # which has pip
 def package(session: nox.Session) -> None:
     """Build the distributions, and use the wheel in an environment that has nothing else."""
     out = Path(session.create_tmp(), "dist")
