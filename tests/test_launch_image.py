@@ -260,7 +260,7 @@ def test_a_program_that_is_missing_outside_is_named(roster: Roster) -> None:
     os.unlink("bin/srun")
     done = run(
         *("w.py", str(roster.path), "ask", "srun", "dragon-backend"),
-        env={"PATH": f"{os.getcwd()}/bin:/bin"},
+        env={"PATH": f"{os.getcwd()}/bin"},  # this machine may have one
     )
     assert json.loads(done.stdout) == [127, "", "srun: not found outside the image\n"]
 

@@ -238,7 +238,8 @@ async def test_close_ends_busy_workers_and_settles_what_waits(context: str, line
 
 def in_use() -> tuple[int, int]:
     """Threads and descriptors."""
-    gc.collect()  # a ProcessPoolExecutor, the user's own, has pipes as long as it is there
+    while gc.collect():  # a ProcessPoolExecutor, the user's own, has pipes as long as it is there
+        pass
     return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
