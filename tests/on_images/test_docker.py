@@ -162,7 +162,10 @@ def test_launch_watches_dragon(images: None, workflow: Path) -> None:
 
 def test_two_ranks_of_mpi(images: None) -> None:
     # Large enough for a rank to read it out of the other's memory, which Docker forbids.
-    script = "from mpi4py import MPI; w = MPI.COMM_WORLD; print(len(w.bcast(bytearray(1 << 22))))"
+    script = (
+        "from mpi4py import MPI; import sys; big = MPI.COMM_WORLD.bcast(bytes(1 << 22));"
+        "sys.stdout.write(f'{len(big)}\\n')"  # one piece, as ranks' lines mix
+    )
     done = in_docker(image("full"), "mpiexec", "-n", "2", "python", "-c", script)
     assert (done.returncode, done.stdout) == (0, "4194304\n" * 2), done
 

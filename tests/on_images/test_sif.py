@@ -161,8 +161,9 @@ def test_a_hosts_mpi_takes_the_place_of_the_images(
     host = Path(sys.prefix)  # where the extra `dev` has put MPICH
     assert (host / "lib/libmpi.so.12").exists()
     script = (
-        "from mpi4py import MPI; w = MPI.COMM_WORLD; print(w.size, len(w.bcast(bytes(1 << 22))),"
-        " {m.split()[-1] for m in open('/proc/self/maps') if 'libmpi.so' in m})"
+        "from mpi4py import MPI; w = MPI.COMM_WORLD; big = w.bcast(bytes(1 << 22)); import sys;"
+        "found = {m.split()[-1] for m in open('/proc/self/maps') if 'libmpi.so' in m};"
+        "sys.stdout.write(f'{w.size} {len(big)} {found}\\n')"  # one piece, as ranks' lines mix
     )
     library = "/host/mpi/lib"
     inside = [str(apptainer), "exec", "--bind", f"{host}/lib:{library}:ro", str(sif)]

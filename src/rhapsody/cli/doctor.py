@@ -234,7 +234,7 @@ def check_mpi(environ: Mapping[str, str] = os.environ) -> Finding:
     path = machine.find_mpiexec(environ.get("PATH", os.defpath))
     if path is None:
         remedy = (
-            "`pip install mpich`, `conda install -c conda-forge mpich` or `spack install mpich`"
+            "`pip install 'mpich<5'`, `conda install -c conda-forge mpich` or `spack install mpich`"
         )
         return Finding("mpi", "note", "no mpiexec: tasks of several ranks are refused", remedy)
     try:

