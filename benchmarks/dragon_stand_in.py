@@ -22,7 +22,7 @@ _NONE = pickle.dumps(None)
 class _Queue(queue.SimpleQueue[Any]):
     """A native queue, as far as it is used; pickled, it stays the same one."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: object = None) -> None:
         _queues.append(self)
 
     def get(self, block: bool = True, timeout: float | None = None) -> Any:

@@ -40,15 +40,17 @@ def test_the_nodes_of_a_runtime(tmp_path: Path) -> None:
 
 
 def test_where_no_runtime_is(tmp_path: Path) -> None:
-    with Sandbox("2g") as place:
+    with Sandbox("5g") as place:
         found = finding(place.run(DOCTOR, cwd=tmp_path))
         assert found["status"] == "ok"
         assert "0.15" in found["data"]["dragonhpc"]
         assert found["data"]["pmix"] == str(pmix_of_openmpi())
         assert "not under Dragon" in found["found"]
-        assert "2.0 GiB free, more than 1.0 GiB needed" in found["found"]
-    with Sandbox("512m") as place:
-        assert finding(place.run(DOCTOR, cwd=tmp_path))["status"] == "problem"
+        assert "5.0 GiB free" in found["found"]
+    with Sandbox("4g") as place:
+        found = finding(place.run(DOCTOR, cwd=tmp_path))
+        assert found["status"] == "problem"
+        assert "docker run --shm-size=6g" in found["remedy"]
 
 
 def test_a_runtime_that_has_gone(tmp_path: Path) -> None:
