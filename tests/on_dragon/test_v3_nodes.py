@@ -67,6 +67,7 @@ async def _job(ranks: int) -> None:
         ComputeTask(executable="hostname", resources=Resources(ranks=ranks), **options(pmi=None)),
         ComputeTask(function=work.host, resources=Resources(ranks=ranks), **options(pmi=None)),
     )
+    assert (programs.exception, functions.exception) == (None, None)
     for said in (str(programs.stdout).split(), functions.return_value):
         assert len(said) == ranks
         assert set(said) == {"node1", "node2"}
