@@ -40,9 +40,7 @@ logger = logging.getLogger(__name__)
 _OPEN = 120.0  # seconds for agents and a Batch to come up: 2 to 10 s on an idle machine
 _CLOSE = 20.0  # seconds for a Batch to be terminated
 _ANSWER = 10.0  # seconds for Dragon, or the agents, to take a request
-# Seconds for the result of a process that has ended with exit code 0. It comes another way than the
-# exit code, and over two nodes on busy cores 5 s were seen to be too few.
-_RESULT = 15.0
+_RESULT = 5.0  # seconds for the result of a process that has ended with exit code 0
 _CHECK_EVERY = 1.0  # seconds between two looks at the beats
 # What earlier releases had, and what does it now.
 _REMOVED = {
