@@ -969,17 +969,30 @@ def test_large_arguments(run: Any) -> None:
     run(scenario)
 
 
+def only_there(pid: int, value: int, gate: Path) -> OnlyThere:
+    gate.read_bytes()  # a FIFO, which somebody opens
+    return OnlyThere(pid, value)
+
+
 def value_of(parent: OnlyThere, others: Any = None) -> int:
     return parent.value + (others["b"].value if others else 0)
 
 
-def test_data_between_tasks_never_passes_the_client(run: Any) -> None:
+def test_data_between_tasks_never_passes_the_client(run: Any, tmp_path: Path) -> None:
     async def scenario(session: Session, _: Any) -> None:
         # The parents' results cannot come to life here, so their tasks FAILED, and yet the child
-        # has had them.
-        a, b = (ComputeTask(function=OnlyThere, args=(os.getpid(), v)) for v in (1, 2))
+        # has had them: it was submitted before they ended.
+        gates = [tmp_path / "a", tmp_path / "b"]
+        for gate in gates:
+            os.mkfifo(gate)
+        a, b = (
+            ComputeTask(function=only_there, args=(os.getpid(), value, gate))
+            for value, gate in enumerate(gates, start=1)
+        )
         child = ComputeTask(function=value_of, args=(a, {"b": b}))
-        await ended(session, a, b, child)
+        await session.submit_tasks([a, b, child])
+        await asyncio.gather(*(asyncio.to_thread(gate.write_bytes, b"") for gate in gates))
+        await session.wait_tasks([a, b, child], timeout=60)
         assert child.return_value == 3
         assert isinstance(a.exception, SerializationError)
 

@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -266,6 +267,41 @@ def test_a_program_that_is_missing_outside_is_named(roster: Roster) -> None:
         env={"PATH": f"{os.getcwd()}/bin"},  # this machine may have one
     )
     assert json.loads(done.stdout) == [127, "", "srun: not found outside the image\n"]
+
+
+# A stand-in that finds the answer there, and who gave it gone, when it goes on after its question.
+LATE = """
+import select, socket
+from rhapsody.runtime import outside
+
+def ask(connection, *words, send=socket.send_fds):
+    sent = send(connection, *words)
+    gone = select.poll()
+    gone.register(connection, 0)
+    gone.poll()
+    return sent
+
+socket.send_fds = ask
+outside.main()
+"""
+
+
+@pytest.mark.parametrize(("answer", "code"), [(b"7\n", 7), (b"", 255)])
+def test_an_answer_that_is_there_at_once(roster: Roster, answer: bytes, code: int) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(name := f"\0{roster.path}")
+        listener.listen()
+        listener.settimeout(PATIENCE)
+        words = [sys.executable, "-c", LATE, name[1:], "srun", "dragon-backend"]
+        asker = subprocess.Popen(words, stderr=subprocess.PIPE)
+        connection, _ = listener.accept()
+        with connection:
+            _, streams, _, _ = socket.recv_fds(connection, 1 << 16, 3)
+            connection.sendall(answer)
+        for stream in streams:
+            os.close(stream)
+        assert asker.communicate(timeout=PATIENCE)[1] == b""
+        assert asker.returncode == code
 
 
 def test_what_is_not_dragons_is_the_next_one_on_the_path(roster: Roster) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
+import secrets
 import time
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
@@ -20,7 +21,9 @@ import pytest
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
-NAP = "987.654321"  # seconds, and how leftovers are recognised
+# Seconds, and how leftovers are recognised; another run of the tests may go on beside this one, in a
+# container, whose processes are seen from here.
+NAP = f"987.{secrets.randbits(64)}"
 
 
 def quick(*results: Any) -> int:

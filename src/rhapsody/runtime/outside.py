@@ -56,14 +56,20 @@ def main() -> None:
     if command_of_dragon(arguments) is None:
         _run_another(program, arguments)
     environ = {k: v for k, v in os.environ.items() if k in _NAMES or k.startswith(_PREFIX)}
-    request = json.dumps({"words": [program, *arguments], "environ": environ}) + "\n"
-    with socket.socket(socket.AF_UNIX) as connection:
+    said = json.dumps({"words": [program, *arguments], "environ": environ}).encode() + b"\n"
+    answer = b""
+    with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionError):
+
+        def pass_on(number: int, _: object) -> None:
+            with contextlib.suppress(ConnectionError):  # it has answered, and gone
+                connection.sendall(bytes([number]))
+
         connection.connect(f"\0{name}")
-        data = request.encode()
-        sent = socket.send_fds(connection, [data], [0, 1, 2])
-        connection.sendall(data[sent:])
+        said = said[socket.send_fds(connection, [said], [0, 1, 2]) :]
+        if said:  # to send nothing is an error too where the answer is here and its sender gone
+            connection.sendall(said)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, _: connection.sendall(bytes([number])))
+            signal.signal(number, pass_on)
         answer = connection.makefile("rb").readline()
     os._exit(int(answer) if answer else 255)  # 255: as ssh does when the connection broke
 
