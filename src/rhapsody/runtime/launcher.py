@@ -27,9 +27,15 @@ from dataclasses import dataclass
 from . import head, keeper, offspring, warden
 from .keeper import BEAT_SECONDS, LOST_BEATS
 from .launcher_output import LauncherOutput
-from .outside import is_stand_in
 from .pmix import with_pmix
-from .run_folder import Report, libraries, make_folder, read_report, with_programs
+from .run_folder import (
+    Report,
+    is_stand_in,
+    libraries,
+    make_folder,
+    read_report,
+    with_programs,
+)
 from .segments import Segments
 
 __all__ = ["PASSED_ON", "Job", "supervise"]
@@ -434,7 +440,8 @@ def _end_all(job: Job, folder: str, segments: Segments) -> None:
     if job.several:
         segments.look(offspring.pids())
         # The launcher first: without the folder it would find the real dragon-cleanup. Then what it
-        # had here, its overlay agent, comes to us. What is left carries its programs to the nodes.
+        # had here, its overlay agent, comes to us. What is left carries its programs to the nodes,
+        # or is one of their keepers, which end what they keep when the folder has gone.
         for _ in ("launcher", "agent"):
             here = [pid for pid in _children() if _runs_python(pid) and not is_stand_in(pid)]
             for pid in here:

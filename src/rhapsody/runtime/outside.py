@@ -21,7 +21,7 @@ import socket
 import sys
 from collections.abc import Sequence
 
-__all__ = ["PROGRAMS", "command_of_dragon", "is_stand_in"]
+__all__ = ["PROGRAMS", "command_of_dragon"]
 
 #: what Dragon 0.15 starts its part on other hosts by, for each of its workload managers
 PROGRAMS = {"ssh": "ssh", "slurm": "srun", "pbs+pals": "mpiexec"}
@@ -41,13 +41,6 @@ def command_of_dragon(arguments: Sequence[str]) -> int | None:
     """
     places = (n for n, word in enumerate(arguments) if _DRAGONS.search(word))
     return next(places, None)
-
-
-def is_stand_in(pid: int) -> bool:
-    """Whether a process is one of these."""
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
-        return b"\0rhapsody.runtime.outside\0" in file.read()
-    return False
 
 
 def main() -> None:

@@ -7,6 +7,7 @@ libraries that Dragon has to find.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -17,7 +18,7 @@ from typing import NamedTuple
 
 from . import head, keeper, outside
 
-__all__ = ["Report", "libraries", "make_folder", "read_report", "with_programs"]
+__all__ = ["Report", "is_stand_in", "libraries", "make_folder", "read_report", "with_programs"]
 
 _NO_CLEANUP = """\
 #!/bin/sh
@@ -72,6 +73,14 @@ def _stand_in(module: str, *words: str) -> str:
     """A script that runs a module of ours, with these words and then its own."""
     line = [sys.executable, "-P", "-m", module, *words]
     return f'#!/bin/sh\nexec {shlex.join(line)} "$@"\n'
+
+
+def is_stand_in(pid: int) -> bool:
+    """Whether a process is one of these, which end by themselves."""
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/cmdline", "rb") as file:
+        words = file.read().split(b"\0")
+        return keeper.__name__.encode() in words or outside.__name__.encode() in words
+    return False
 
 
 def read_report(folder: str) -> Report | None:
