@@ -223,15 +223,17 @@ class Crew:
     # ------------------------------------------------------------------ threads
 
     def _submit_all(self) -> None:
-        waiting: deque[Flight] = deque()  # for places, in the order in which they came
+        waiting: deque[Flight] = deque()  # for places or a turn, in the order in which they came
         while (flights := self._work.get()) is not None:
             for flight in flights:
-                if flight.pinned:
+                if flight.pinned or flight.is_world:
                     waiting.append(flight)
                 else:
                     self._submit_now(flight)
             while waiting and not self._closing:
-                if not (self._is_gone(waiting[0]) or self._places.take(waiting[0])):
+                first = waiting[0]
+                take = self._places.take if first.pinned else self._places.take_turn
+                if not (self._is_gone(first) or take(first)):
                     break
                 self._submit_now(waiting.popleft())
 

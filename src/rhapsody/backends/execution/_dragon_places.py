@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from ._dragon_plan import Flight, Nodes, Place, host_of
@@ -25,6 +25,7 @@ class Places:
         self._lock = threading.Lock()
         self._cores = {host: list(cores) for host, cores in nodes.cpus.items()}
         self._gpus = {host: list(nodes.gpus.get(host, ())) for host in nodes.cpus}
+        self._turn: Flight | None = None  # the MPI world over several nodes that runs now
         self._listeners: list[Callable[[], None]] = []
 
     def on_free(self, listener: Callable[[], None]) -> None:
@@ -32,21 +33,50 @@ class Places:
         self._listeners.append(listener)
 
     def take(self, flight: Flight) -> bool:
-        """Take a place for each rank of a job; False where there is not enough free, yet."""
+        """Take a place for each rank of a job; False where there is not enough free, yet.
+
+        An MPI world over several nodes needs its turn too, as in `take_turn`.
+        """
+        with self._lock:
+            if (places := self._take_all(flight)) is None:
+                return False
+            if not self._take_turn(flight, {place.host for place in places}):
+                self._free(places)
+                return False
+            flight.places = places
+        return True
+
+    def take_turn(self, flight: Flight) -> bool:
+        """Let a job go whose places Dragon chooses; False where it has to wait for another's end.
+
+        MPI worlds over several nodes run one at a time. Where two start at once, Dragon 0.15.0
+        leaves ranks waiting for ever in MPI_Init, or for their first message: seen with 3 pairs of
+        5, and with none of 70 worlds that came one after the other.
+        """
+        named = {host_of(template) for _, template in flight.jobs}
+        with self._lock:
+            return self._take_turn(flight, {*self.nodes.cores} if None in named else named)
+
+    def _take_turn(self, flight: Flight, hosts: Collection[str | None]) -> bool:
+        if flight.is_world and len(hosts) > 1:
+            if self._turn is not None:
+                return False
+            self._turn = flight
+        return True
+
+    def _take_all(self, flight: Flight) -> list[Place] | None:
         need = flight.task.get("resources")
         cores = need.cores_per_rank if need is not None else 1
         gpus = need.gpus_per_rank if need is not None else 0
         named = [host_of(template) for _, template in flight.jobs]
         taken: dict[int, Place] = {}
-        with self._lock:
-            # Those that may be anywhere come last, not to be where one of the others must be.
-            for rank in sorted(range(len(named)), key=lambda rank: named[rank] is None):
-                if (place := self._take_one(named[rank], cores, gpus, flight.pinned)) is None:
-                    self._free(taken.values())
-                    return False
-                taken[rank] = place
-        flight.places = [taken[rank] for rank in range(len(named))]
-        return True
+        # Those that may be anywhere come last, not to be where one of the others must be.
+        for rank in sorted(range(len(named)), key=lambda rank: named[rank] is None):
+            if (place := self._take_one(named[rank], cores, gpus, flight.pinned)) is None:
+                self._free(taken.values())
+                return None
+            taken[rank] = place
+        return [taken[rank] for rank in range(len(named))]
 
     def _take_one(self, named: str | None, cores: int, gpus: int, pinned: bool) -> Place | None:
         fitting = [
@@ -67,7 +97,9 @@ class Places:
         with self._lock:
             places, flight.places = flight.places, []
             self._free(places)
-        for listener in self._listeners if places else ():
+            if had_turn := self._turn is flight:
+                self._turn = None
+        for listener in self._listeners if places or had_turn else ():
             listener()
 
     def _free(self, places: Any) -> None:

@@ -155,6 +155,11 @@ class Flight:
         """Whether it is a function, of one rank or several."""
         return kind_of(self.task) == "function"
 
+    @property
+    def is_world(self) -> bool:
+        """Whether its ranks are one MPI_COMM_WORLD, by PMIx."""
+        return self.pmi == "pmix" and self.ranks() > 1
+
     def ranks(self) -> int:
         """How many processes a job has."""
         return sum(count for count, _ in self.jobs)
