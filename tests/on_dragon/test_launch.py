@@ -16,37 +16,42 @@ from .nodes import Nodes, Sandbox
 
 Place = Sandbox | Nodes
 
-# Starts a Batch with a task in it, says so, and does what its argument says.
+# Has tasks that run, says so, and does what its argument says.
 WORKFLOW = """
-import os, socket, sys, time
-from dragon.native.machine import Node, System
-from dragon.workflows.batch import Batch
+import asyncio, os, socket, sys, time
+from rhapsody import ComputeTask, Session
+from rhapsody.backends import DragonExecutionBackend
 
 def nap(seconds):
     time.sleep(seconds)
-    return socket.gethostname()
+
+async def main(what):
+    backend = DragonExecutionBackend()
+    async with Session(backends=[backend]) as session:
+        first = ComputeTask(function=nap, args=(0,))
+        await session.submit_tasks([first])
+        await first
+        naps = [ComputeTask(function=nap, args=(what != "end" and 1000,)) for _ in range(4)]
+        await session.submit_tasks(naps)
+        print("up", len(backend.topology()), socket.gethostname(), flush=True)
+        try:
+            if what == "wait":
+                await asyncio.sleep(1000)
+            if what == "hard":
+                os._exit(3)
+            if what == "killed":
+                os.kill(os.getpid(), 9)
+        except asyncio.CancelledError:
+            print("asked", flush=True)
+            raise
+        await session.wait_tasks(naps)
 
 if __name__ == "__main__":
-    what = sys.argv[1]
-    hosts = sorted(Node(huid).hostname for huid in System().nodes)
-    batch = Batch()
-    batch.function(nap, 0).get()
-    tasks = [batch.function(nap, 1000 if what != "end" else 0) for _ in range(4)]
-    print("up", len(hosts), socket.gethostname(), flush=True)
     try:
-        if what == "wait":
-            time.sleep(1000)
-        if what == "hard":
-            os._exit(3)
-        if what == "killed":
-            os.kill(os.getpid(), 9)
+        asyncio.run(main(sys.argv[1]))
     except KeyboardInterrupt:
-        print("asked", flush=True)
-        batch.terminate(timeout=5)
         print("closed", flush=True)
         sys.exit(9)
-    batch.join()
-    batch.destroy()
     print("ended", *sys.argv[2:], end="", flush=True)
     sys.exit(5)
 """

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rhapsody import ComputeTask
+from rhapsody import ComputeTask, Session
 from rhapsody.api import Resources
 from rhapsody.api.errors import (
     BackendError,
@@ -439,3 +439,45 @@ async def _close_while_running() -> list[str]:
 
 def test_close_stops_what_runs(dragon: Runtime) -> None:
     assert dragon.call_within(100, _close_while_running) == ["CANCELED"] * 3
+
+
+async def _closed_while_it_renews() -> None:
+    before = set(threading.enumerate())
+    backend = DragonExecutionBackendV3(name="second")
+    async with Session(backends=[backend]) as session:
+        task = ComputeTask(function=work.die)
+        await session.submit_tasks([task])
+        await session.wait_tasks([task])
+        assert backend._changes
+    assert not [t for t in threading.enumerate() if not (t.daemon or t in before)]
+
+
+def test_close_ends_a_batch_that_is_being_made(dragon: Runtime) -> None:
+    """A thread of Dragon's would keep the program from ending."""
+    dragon.call(_closed_while_it_renews)
+
+
+async def _given_up_while_it_opens() -> None:
+    before = set(threading.enumerate())
+    backend = DragonExecutionBackendV3(name="third")
+
+    async def start() -> None:
+        await backend
+
+    starting = asyncio.create_task(start())
+    while not backend._numbers:
+        await asyncio.sleep(0.02)
+    assert backend._starting is not None
+    backend._starting.cancel()  # as the end of asyncio.run does with all that is left
+    await asyncio.wait([starting])
+    assert starting.cancelled()
+    new = [t for t in threading.enumerate() if t not in before]
+    assert any(thread.name == "dragon-open" for thread in new)
+    while any(t.name == "dragon-open" or not t.daemon for t in new):
+        await asyncio.sleep(0.05)
+        new = [t for t in threading.enumerate() if t not in before]
+
+
+def test_a_batch_that_comes_too_late_is_ended(dragon: Runtime) -> None:
+    """As after a Ctrl-C while the backend starts."""
+    dragon.call(_given_up_while_it_opens)

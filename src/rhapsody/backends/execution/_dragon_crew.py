@@ -188,6 +188,7 @@ class Crew:
         self._unbegun: dict[str, Flight] = {}  # jobs, by the file that their first rank opens
         self._work: queues.SimpleQueue[list[Flight] | None] = queues.SimpleQueue()
         self._closing = False
+        self._given_up = False
         self._places: Places
 
     def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
@@ -201,12 +202,26 @@ class Crew:
             "results_ddict_mem": _RESULTS * len(nodes.cores),
             **batch_kwargs,
         }
-        self.batch = batch.Batch(num_nodes=num_nodes, **settings)
+        made = batch.Batch(num_nodes=num_nodes, **settings)
+        with self._lock:
+            self.batch = made
+            unwanted = self._given_up
+        if unwanted:
+            self.close()
+            return
         topology = self.batch.topology()
         for hosts, workers in zip(topology.pool_hostnames, topology.workers_per_pool, strict=True):
             self.workers[hosts[0]] = workers
         threading.Thread(target=self._submit_all, daemon=True, name="dragon-submit").start()
         threading.Thread(target=self._poll, daemon=True, name="dragon-poll").start()
+
+    def give_up(self) -> None:
+        """Let a crew end that is still being opened, on a thread that nobody waits for."""
+        with self._lock:
+            self._given_up = True
+            made = self.batch is not None
+        if made:
+            threading.Thread(target=self.close, daemon=True, name="dragon-close").start()
 
     def submit(self, flights: list[Flight]) -> None:
         """Hand over tasks, from any thread."""
@@ -363,9 +378,12 @@ class Crew:
         """Leave the Batch as it is, for good: a call of its might never return."""
         self._closing = True
         self._work.put(None)
-        # At exit Batch would try to end it, and block. There is no public way; read in 0.15.0.
+        # At exit Batch would try to end it, and block, and a thread of its group would keep the
+        # program from ending. There is no public way; read in 0.15.0.
         self.batch._unregister_atexit()
         self.batch.terminated = True
+        if self.batch.grp is not None:
+            self.batch.grp._exq_shutdown.set()
 
     def cancel(self, flight: Flight) -> bool:
         """Ask Batch to cancel a task; whether it takes the request. Blocks."""

@@ -73,8 +73,11 @@ class Stopped(BaseException):
 
 
 def _folder(site: Site) -> str:
-    """The folder of this node: of this user alone, and in no way to be guessed."""
-    return os.path.join(tempfile.gettempdir(), f"rhapsody-{site.token}")
+    """The folder of this node: of this user alone, and in no way to be guessed.
+
+    Of this node alone, even if all have one file system for what is temporary.
+    """
+    return os.path.join(tempfile.gettempdir(), f"rhapsody-{site.token}-{socket.gethostname()}")
 
 
 def _revoked(folder: str, crew: int, number: int | None = None) -> str:

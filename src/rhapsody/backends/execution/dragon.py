@@ -106,7 +106,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         self._crew: Crew | None = None  # the one that gets new tasks
         self._crews: dict[int, Crew] = {}
         self._numbers = 0
-        self._renewal: asyncio.Task[None] | None = None
+        self._changes: set[asyncio.Task[Any]] = set()  # crews that come and go
         self._pending: list[Flight] = []  # while there is no crew
         self._flights: dict[int, Flight] = {}
         self._by_uid: dict[str, Flight] = {}
@@ -152,9 +152,13 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         assert self._post is not None
         self._numbers += 1
         crew = self._new_crew(self._numbers, self._post.site)
-        await on_thread(
-            crew.open, self._num_nodes, self._post.places, self._batch_kwargs, timeout=_OPEN
-        )
+        try:
+            await on_thread(
+                crew.open, self._num_nodes, self._post.places, self._batch_kwargs, timeout=_OPEN
+            )
+        except BaseException:
+            crew.give_up()
+            raise
         self._crews[crew.number] = self._crew = crew
         pending, self._pending = self._pending, []
         self._hand_over(pending)
@@ -162,9 +166,9 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
     async def _stop(self) -> None:
         if self._checker is not None:
             self._checker.cancel()
-        if self._renewal is not None:
-            self._renewal.cancel()
         if self._broken is None:
+            if self._changes:  # a Batch that nobody ends keeps the program from ending
+                await asyncio.wait(self._changes, timeout=_CLOSE)
             children = [f for f in self._by_uid.values() if f.begun and not f.is_function]
             await asyncio.gather(*(self._stop_flight(flight) for flight in children))
         try:
@@ -175,7 +179,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         finally:
             if self._post is not None:
                 self._post.abandon()
-            for work in self._work:
+            for work in (*self._work, *self._changes):
                 work.cancel()
             await self._runtime.close()
             if self._work_dir is not None and self.is_attached:
@@ -405,10 +409,13 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         state, more = job_end(flight, self.name, fields["stderr"])
         self._finish(flight, state, {**fields, **more})
 
-    def _spawn(self, function: Any, *args: Any) -> None:
+    def _spawn(
+        self, function: Any, *args: Any, among: set[asyncio.Task[Any]] | None = None
+    ) -> None:
+        among = self._work if among is None else among
         work = asyncio.get_running_loop().create_task(function(*args))
-        self._work.add(work)
-        work.add_done_callback(self._work.discard)
+        among.add(work)
+        work.add_done_callback(among.discard)
 
     # ------------------------------------------------------------------ cancel and time limits
 
@@ -503,7 +510,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             crew.retired = True
             if self._crew is crew:
                 self._crew = None
-                self._renewal = asyncio.get_running_loop().create_task(self._replace())
+                self._spawn(self._replace, among=self._changes)
             self._spawn(self._salvage, crew)
 
     async def _salvage(self, crew: Crew) -> None:
@@ -547,7 +554,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             for flight in left:
                 flight.crew = None
             self._crews.pop(crew.number)
-            self._spawn(self._leave, crew, left)
+            self._spawn(self._leave, crew, left, among=self._changes)
 
     async def _leave(self, crew: Crew, left: list[Flight]) -> None:
         if await self._try(crew.close, "end a Batch that lost a worker"):
