@@ -21,8 +21,8 @@ import pytest
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
-# Seconds, and how leftovers are recognised; another run of the tests may go on beside this one, in a
-# container, whose processes are seen from here.
+# Seconds, and how leftovers are recognised: of this run, for the processes of another one in a
+# container are seen from here.
 NAP = f"987.{secrets.randbits(64)}"
 
 
