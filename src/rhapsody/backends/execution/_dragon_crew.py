@@ -180,6 +180,7 @@ class Crew:
         self.flights: dict[str, Flight] = {}
         self.workers: dict[str, int] = {}
         self.retired = False
+        self.leaving = False
         self._site = site
         self._hear = hear
         self._lock = threading.Lock()
@@ -378,6 +379,8 @@ class Crew:
         """Leave the Batch as it is, for good: a call of its might never return."""
         self._closing = True
         self._work.put(None)
+        if self.batch is None:  # Dragon still makes it, or never will
+            return
         # At exit Batch would try to end it, and block, and a thread of its group would keep the
         # program from ending. There is no public way; read in 0.15.0.
         self.batch._unregister_atexit()

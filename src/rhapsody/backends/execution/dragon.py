@@ -157,7 +157,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 crew.open, self._num_nodes, self._post.places, self._batch_kwargs, timeout=_OPEN
             )
         except BaseException:
-            crew.give_up()
+            crew.abandon() if self._broken is not None else crew.give_up()
             raise
         self._crews[crew.number] = self._crew = crew
         pending, self._pending = self._pending, []
@@ -550,14 +550,16 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         A job cannot be kept from beginning otherwise.
         """
         left = self._of(crew)
-        if crew.number in self._crews and all(f.jobs and not f.begun for f in left):
+        idle = all(f.jobs and not f.begun for f in left)
+        if idle and crew.number in self._crews and not crew.leaving:
+            crew.leaving = True
             for flight in left:
                 flight.crew = None
-            self._crews.pop(crew.number)
             self._spawn(self._leave, crew, left, among=self._changes)
 
     async def _leave(self, crew: Crew, left: list[Flight]) -> None:
         if await self._try(crew.close, "end a Batch that lost a worker"):
+            self._crews.pop(crew.number, None)
             for flight in left:
                 flight.handle = None
             self._hand_over([flight for flight in left if not flight.ended])
