@@ -8,6 +8,7 @@ import os
 import re
 import select
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -205,11 +206,27 @@ def most_at_once(log: Path) -> int:
     return most
 
 
+def _descriptors(pid: int) -> list[Path]:
+    """Of a process; none of one that has ended. In the moment of an exec or an exit others than
+    root may not look, so that they look again.
+    """
+    deadline = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return list(Path(f"/proc/{pid}/fd").iterdir())
+        except (FileNotFoundError, ProcessLookupError):
+            return []
+        except PermissionError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+
+
 def public_listeners(pids: list[int]) -> list[str]:
     """Addresses beyond loopback on which any of these processes listens."""
     inodes = set()
     for pid in pids:
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+        for entry in _descriptors(pid):
             try:
                 found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(entry))
             except FileNotFoundError:

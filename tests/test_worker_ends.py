@@ -261,7 +261,10 @@ def test_no_process_no_thread_and_no_descriptor_is_left(context: str) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    assert in_use() == before
+    # Fewer is well: on 3.13 a pool of the first use was seen to go only now.
+    threads, descriptors = in_use()
+    assert threads <= before[0]
+    assert descriptors <= before[1]
     assert multiprocessing.active_children() == []
 
 
