@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -236,35 +238,36 @@ async def test_close_ends_busy_workers_and_settles_what_waits(context: str, line
     assert {task.state for task in [*tasks, *waiting]} == {"CANCELED"}
 
 
-def in_use() -> tuple[int, int]:
-    """Threads and descriptors."""
-    while gc.collect():  # a ProcessPoolExecutor, the user's own, has pipes as long as it is there
-        pass
+def in_use(pools: list[weakref.ref[ProcessPoolExecutor]]) -> tuple[int, int]:
+    """Threads and descriptors, when these pools, which are the user's and have pipes, have gone."""
+    deadline = time.monotonic() + PATIENCE
+    while gc.collect() or any(pool() is not None for pool in pools):
+        assert time.monotonic() < deadline, "a pool is still there"
     return threading.active_count(), len(os.listdir("/proc/self/fd"))
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
 def test_no_process_no_thread_and_no_descriptor_is_left(context: str) -> None:
     pids: set[int] = set()
+    pools: list[weakref.ref[ProcessPoolExecutor]] = []
 
     async def use() -> None:
-        async with Session([await workers(2, context)]) as session:
+        pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(context))
+        pools.append(weakref.ref(pool))
+        async with Session([await ConcurrentExecutionBackend(pool)]) as session:
             tasks = [ComputeTask(function=where) for _ in range(50)]
             await session.submit_tasks(tasks)
             await asyncio.gather(*tasks)
             pids.update(task.return_value for task in tasks)
 
     asyncio.run(use())  # what Python keeps for all: the fork server, the tracker of resources
-    before = in_use()
+    before = in_use(pools)
     pids.clear()
     asyncio.run(use())
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
-    # Fewer is well: on 3.13 a pool of the first use was seen to go only now.
-    threads, descriptors = in_use()
-    assert threads <= before[0]
-    assert descriptors <= before[1]
+    assert in_use(pools) == before
     assert multiprocessing.active_children() == []
 
 

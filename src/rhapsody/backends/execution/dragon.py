@@ -157,7 +157,10 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 crew.open, self._num_nodes, self._post.places, self._batch_kwargs, timeout=_OPEN
             )
         except BaseException:
-            crew.abandon() if self._broken is not None else crew.give_up()
+            if self._broken is None:
+                crew.give_up()
+            else:
+                crew.abandon()
             raise
         self._crews[crew.number] = self._crew = crew
         pending, self._pending = self._pending, []
