@@ -37,6 +37,11 @@ class Roster:
         """The arguments of a shell that reports, then goes on with `rest`."""
         return ["-c", f"{before}; {self.here}; {rest}"]
 
+    def forking(self) -> str:
+        """A script that reports, and forks on and on in a session of its own."""
+        forks = "n=0; while [ $n -lt 500 ]; do sleep 1000 & n=$((n+1)); done; wait"
+        return f"setsid sh -c '{self.here.replace(chr(39), '')}; {forks}' & wait"
+
     async def line(self) -> str:
         """The next line that was reported."""
         while b"\n" not in self._data:

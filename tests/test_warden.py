@@ -88,6 +88,19 @@ async def test_a_killed_warden_takes_its_children_along_and_has_a_successor(
     assert wardens() == []
 
 
+async def test_what_forks_while_a_killed_warden_is_cleaned_up_after_leaves_nothing(
+    roster: Roster,
+) -> None:
+    async with open_session(slots=2) as session:
+        for _ in range(5):
+            tasks = [shell(roster.forking()) for _ in range(2)]
+            await session.submit_tasks(tasks)
+            await roster.lines(2)
+            os.kill(wardens()[0], signal.SIGKILL)
+            await session.wait_tasks(tasks, timeout=PATIENCE)
+            await roster.empty()
+
+
 async def test_what_waits_at_a_killed_warden_is_started_by_the_next(roster: Roster) -> None:
     running = [shell(f"{roster.here}; sleep 1000; true") for _ in range(2)]
     waiting = [shell(f"echo {n} >> began") for n in range(2)]
@@ -249,6 +262,24 @@ async def test_after_close_nothing_is_left() -> None:
     assert set(os.listdir("/proc/self/fd")) == before
     assert set(children_of(os.getpid())) == children
     assert threading.active_count() <= threads
+
+
+async def test_a_child_that_ends_while_the_backend_stops_keeps_nothing(
+    roster: Roster, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(ConcurrentExecutionBackend):
+        async def _stop_process(self, key: int) -> bool:  # as a loop with much to do has it
+            Path("go").write_text("on\n")
+            while key in self._running:
+                await asyncio.sleep(0)
+            return await super()._stop_process(key)
+
+    os.mkfifo("go")
+    task = shell(f"{roster.here}; read _ < ./go")
+    async with Session(backends=[await Slow()]) as session:
+        await session.submit_tasks([task])
+        await roster.line()
+    assert (task.state, wardens(), caplog.text.count("cleanly")) == ("DONE", [], 0)
 
 
 async def test_a_warden_keeps_no_descriptors_of_the_ended(roster: Roster) -> None:

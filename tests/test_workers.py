@@ -270,8 +270,8 @@ async def test_the_death_of_a_worker_is_seen_though_its_child_lives_on(line: Lin
 
     def fork_and_wait() -> None:
         if os.fork() == 0:
+            os.setsid()  # first: what is in the worker's group is killed with it
             tell(line.path, os.getppid(), os.getpid())
-            os.setsid()
             while True:
                 signal.pause()
         signal.pause()

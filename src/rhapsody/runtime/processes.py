@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import warden
+from .ends import hold
 from .errors import BackendError
 from .texts import plain
 from .wire import keep_from_forks
@@ -406,19 +407,18 @@ def _shared_number() -> int:
 
 
 def _end_session(leader: int) -> None:
-    """Kill what is in a warden's session or comes from there, until nothing of it is left.
+    """Kill what is in a warden's session or comes from there.
 
     A process that left the session, and whose parent has ended too, cannot be told from others.
     """
-    for _ in range(100):  # no more than that against one who forks faster than we look
-        table = warden.processes()
+
+    def left(table: warden.Table) -> set[int]:
         members = [pid for pid, (_, _, session, _) in table.items() if session == leader]
-        found = {*members, *warden.descendants(members, table)} - {leader}
-        if not found:
-            return
-        for pid in found:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        return {*members, *warden.descendants(members, table)} - {leader}
+
+    for pid in hold(left):
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _text(output: tuple[bytes, int, str | None] | None) -> tuple[str, str | None]:

@@ -74,9 +74,10 @@ class ThreadLanes:
         if call is not None:
             self._report([(call.task, "CANCELED", None)])
             return True
-        if uid not in self._coroutines:
+        found = self._coroutines.get(uid)  # its thread may take it away at any time
+        if found is None:
             return False
-        loop, task = self._coroutines[uid]
+        loop, task = found
         heard = self._heard.get(uid)
         if heard is None:
             heard = self._heard[uid] = asyncio.get_running_loop().create_future()

@@ -39,7 +39,7 @@ _RESTORED = [
 ]
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ADOPTS = sys.platform.startswith("linux")  # whether we can hear of descendants' ends
-_FREEZE = 0.2  # seconds until we no longer wait for a process that does not stop on SIGSTOP
+FREEZE = 0.2  # seconds until we no longer wait for a process that does not stop on SIGSTOP
 _ORPHAN_GRACE = 0.5  # seconds between SIGTERM and SIGKILL when the driver has died
 # Seconds that the news of a start may wait for that of an end, and that of an end while there is
 # enough to start next: one message for several short children.
@@ -470,19 +470,22 @@ class Warden:
 
     def freeze(self, children: list[Child]) -> None:
         """Stop processes where they are: so none is born, or leaves its group, while we look."""
-        deadline = time.monotonic() + _FREEZE
+        still = False
+        deadline = time.monotonic() + FREEZE
         while True:
             for child in children:
                 self.signal(child, signal.SIGSTOP)
             table = processes()
             new = sum(self.look(child, table) for child in children)
             groups = {group for child in children for group in (child.pid, *child.groups)}
-            awake = any(state in b"RS" and group in groups for _, group, _, state in table.values())
-            if not (new or awake) or time.monotonic() > deadline:
+            members = {pid for pid, (_, group, _, _) in table.items() if group in groups}
+            before, still = still, not new and stand_still(members, table)
+            # Twice: what is born while we read the first table is only in the second.
+            if (before and still) or time.monotonic() > deadline:
                 return
             os.sched_yield()
 
-    def look(self, child: Child, table: _Table) -> bool:
+    def look(self, child: Child, table: Table) -> bool:
         """Find the groups of a child's descendants; whether there are some that were not known.
 
         Those that are known stay, though their parents may have died, while they have members.
@@ -564,12 +567,12 @@ def _has_ended(pid: int) -> bool:
         return True
 
 
-_Table = dict[int, tuple[int, int, int, bytes]]
+Table = dict[int, tuple[int, int, int, bytes]]
 
 
-def processes() -> _Table:
+def processes() -> Table:
     """Parent, group, session and state of every process that has not ended, from /proc."""
-    table: _Table = {}
+    table: Table = {}
     try:
         names = os.listdir("/proc")
     except OSError:  # not Linux: what leaves its group there cannot be found
@@ -588,7 +591,12 @@ def processes() -> _Table:
     return table
 
 
-def descendants(roots: list[int], table: _Table) -> list[int]:
+def stand_still(pids: set[int], table: Table) -> bool:
+    """Whether all of them have stopped; a fork that they were in goes through before."""
+    return not any(table[pid][3] in b"RS" for pid in pids if pid in table)
+
+
+def descendants(roots: list[int], table: Table) -> list[int]:
     """Pids of all processes below some."""
     children: dict[int, list[int]] = {}
     for pid, (parent, *_) in table.items():

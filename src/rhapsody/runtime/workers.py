@@ -426,6 +426,7 @@ class _Lane:
             if not over() and ours() and process is self.process:
                 strays.signal(number)
                 kill_group(process.pid, number)
+            strays.go_on()
             if self._await(over, max(grace, 0.1)):
                 break
         strays.signal(signal.SIGKILL)

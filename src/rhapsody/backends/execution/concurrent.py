@@ -128,19 +128,24 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         canceled: list[Event] = [(task, "CANCELED", None) for task in self._queue]
         self._queue.clear()
         self.deliver_burst(canceled)
-        await asyncio.gather(*(self._stop_process(key) for key in list(self._running)))
-        if isinstance(self._lanes, ProcessLanes):
-            await self._lanes.stop(self._grace)
-        else:
-            self._lanes.cancel_waiting()
-            running = self._lanes.coroutines
-            await asyncio.gather(*(self._lanes.cancel(uid, self._grace) for uid in running))
-            if self._own_executor is not None:
-                self._own_executor.shutdown(wait=False)
-        await self._children.close()
+        try:
+            await asyncio.gather(*(self._stop_process(key) for key in list(self._running)))
+            await self._stop_functions()
+        finally:  # also where the event loop ends meanwhile, and takes this with it
+            await self._children.close()
         if self._work_dir is not None and self.is_attached:
             # A session's folder that nobody has used is litter.
             _remove_if_empty(self._work_dir)
+
+    async def _stop_functions(self) -> None:
+        if isinstance(self._lanes, ProcessLanes):
+            await self._lanes.stop(self._grace)
+            return
+        self._lanes.cancel_waiting()
+        running = self._lanes.coroutines
+        await asyncio.gather(*(self._lanes.cancel(uid, self._grace) for uid in running))
+        if self._own_executor is not None:
+            self._own_executor.shutdown(wait=False)
 
     # ------------------------------------------------------------------ submit
 
@@ -352,7 +357,9 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         return await self._lanes.cancel(uid, self._grace)
 
     async def _stop_process(self, key: int) -> bool:
-        running = self._running[key]
+        running = self._running.get(key)
+        if running is None:  # it ended just now
+            return False
         if running.stopped is None:
             running.stopped = asyncio.get_running_loop().create_future()
             self._children.kill(key, self._grace)
