@@ -24,6 +24,7 @@ from pathlib import Path
 PACKAGES = {
     "dockerd": ["docker.io", "containerd", "runc", "iptables"],
     "mmdebstrap": ["mmdebstrap"],
+    "podman": ["podman"],
     "slurmctld": ["slurmctld", "slurmd", "slurm-client"],
     "munged": ["munge"],
 }
