@@ -205,6 +205,7 @@ BAD = [
         ["unknown argument 'retry'", "did you mean 'retries'", "timeout"],
     ),
     ({"executable": "x", "colour": 2}, ["unknown argument 'colour'", "accepted", "executable"]),
+    ({"executible": "x"}, ["unknown argument 'executible'", "did you mean 'executable'"]),
     # removed upstream: the replacement is named
     ({"executable": "x", "ranks": 2}, ["'ranks'", "Resources(ranks="]),
     ({"executable": "x", "memory": 2}, ["'memory'", "Resources(memory_per_rank="]),

@@ -475,6 +475,8 @@ class ComputeTask(BaseTask):
         self.args = () if args is None else args  # type: ignore[assignment]
         self._kwargs = _NO_KWARGS if kwargs is None else kwargs
         if function is None or executable is not None:
+            if executable is None and options:  # a typo in it: say that
+                self._take_options(options)
             self._take_executable(executable, arguments)
         elif not callable(function):
             raise TaskValidationError(
