@@ -50,10 +50,12 @@ FIGURES = (
         " and `poll` says what has ended, whose result is then taken with `get`. The second line"
         " has the results too, but takes them when the clock has stopped.",
         (
-            Side("Batch.function", _RAW, "functions", 200, under_dragon=True),
-            Side("Batch.function, poll only", _RAW, "functions-poll", 200, under_dragon=True),
-            Side("rhapsody", _OURS, "dragon-functions", 200, under_dragon=True),
-            Side("rhapsody-py 0.6.0", _OURS, "dragon-functions", 200, _UPSTREAM, under_dragon=True),
+            Side("Batch.function", _RAW, "functions", 2000, under_dragon=True),
+            Side("Batch.function, poll only", _RAW, "functions-poll", 2000, under_dragon=True),
+            Side("rhapsody", _OURS, "dragon-functions", 2000, under_dragon=True),
+            Side(
+                "rhapsody-py 0.6.0", _OURS, "dragon-functions", 2000, _UPSTREAM, under_dragon=True
+            ),
         ),
         (Target("rhapsody", "ratio", 1.02),),
         increments,

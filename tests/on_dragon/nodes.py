@@ -22,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from . import machine
+from . import machine, small
 from .command import Result, Running
 
 if TYPE_CHECKING:
@@ -236,7 +236,8 @@ class _Place:
         self._front.close()
 
     def _environment(self, more: Mapping[str, str]) -> dict[str, str]:
-        path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
+        first = f"{small.BIN}:{Path(sys.executable).parent}"
+        path = f"{first}:{os.environ.get('PATH', '')}:/usr/sbin:/sbin"
         own = {"PATH": path, "PYTHONUNBUFFERED": "1", "TMPDIR": "/var/tmp"}
         return {**os.environ, **own, **more}
 

@@ -90,7 +90,7 @@ def launched(place: Place, folder: Path, *words: str) -> Running:
     # env: whoever started the tests may ignore Ctrl-C, and then a launch would too.
     line = ["env", "--default-signal=INT,TERM,HUP", sys.executable, "-m", "rhapsody", "launch"]
     (folder / "tmp").mkdir(exist_ok=True)
-    env = {**small.environment(), "TMPDIR": str(folder / "tmp")}
+    env = {**small.environment(4), "TMPDIR": str(folder / "tmp")}
     return place.start([*line, "--dragon", *hosts, "workflow.py", *words], env=env, cwd=folder)
 
 

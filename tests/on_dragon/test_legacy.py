@@ -286,7 +286,9 @@ async def _deaths(name: str) -> None:
             f"the worker process that ran task '{deaths[0].uid}'"
         )
         # Both are replaced: two tasks that wait for each other need two workers.
-        await run(*(function("two", meet, i, time.time()) for i in range(2)))
+        when = time.time()
+        both = await run(*(function("two", meet, i, when) for i in range(2)))
+        assert [task.state for task in both] == ["DONE", "DONE"], both[0].exception
 
 
 def meet(number: int, when: float) -> None:

@@ -94,4 +94,4 @@ def test_a_signal_in_mid_run_and_a_head_that_dies(tmp_path: Path) -> None:
 def _script(place: Sandbox, text: str, folder: Path) -> Running:
     script = folder / "script.py"
     script.write_text(text)
-    return place.start([*place.launcher, str(script)], env=small.environment(), cwd=folder)
+    return place.start([*place.launcher, str(script)], env=small.environment(4), cwd=folder)

@@ -61,21 +61,21 @@ def _line(folder: Path, wanted: str) -> list[str]:
 
 def test_a_plain_program_has_a_runtime_of_its_own(tmp_path: Path) -> None:
     with Sandbox() as place:
-        result = place.run(_line(tmp_path, "one"), env=small.environment(), cwd=tmp_path)
+        result = place.run(_line(tmp_path, "one"), env=small.environment(4), cwd=tmp_path)
         assert (result.code, result.stdout) == (3, "[9]\n"), result
         assert place.left() == []
 
 
 def test_three_engines_in_one_session(tmp_path: Path) -> None:
     with Sandbox() as place:
-        result = place.run(_line(tmp_path, "three"), env=small.environment(), cwd=tmp_path)
+        result = place.run(_line(tmp_path, "three"), env=small.environment(4), cwd=tmp_path)
         assert (result.code, result.stdout) == (3, "[9, 81, '81\\n']\n"), result
         assert place.left() == []
 
 
 def test_ctrl_c_ends_program_and_runtime(tmp_path: Path) -> None:
     with Sandbox() as place:
-        command = place.start(_line(tmp_path, "long"), env=small.environment(), cwd=tmp_path)
+        command = place.start(_line(tmp_path, "long"), env=small.environment(4), cwd=tmp_path)
         command.wait_for("running")
         command.signal(signal.SIGINT, group=True)
         result = command.wait()
@@ -86,7 +86,7 @@ def test_ctrl_c_ends_program_and_runtime(tmp_path: Path) -> None:
 
 def test_a_killed_program_leaves_no_process(tmp_path: Path) -> None:
     with Sandbox() as place:
-        command = place.start(_line(tmp_path, "long"), env=small.environment(), cwd=tmp_path)
+        command = place.start(_line(tmp_path, "long"), env=small.environment(4), cwd=tmp_path)
         command.wait_for("running")
         command.signal(signal.SIGKILL)
         command.wait()
@@ -96,7 +96,7 @@ def test_a_killed_program_leaves_no_process(tmp_path: Path) -> None:
 
 def test_several_nodes_need_a_launcher(tmp_path: Path) -> None:
     with Sandbox() as place:
-        result = place.run(_line(tmp_path, "nodes"), env=small.environment(), cwd=tmp_path)
+        result = place.run(_line(tmp_path, "nodes"), env=small.environment(4), cwd=tmp_path)
         assert result.code == 1
         assert "rhapsody launch --dragon --nodes 2 workflow.py" in result.stderr
         assert place.left() == []
@@ -104,7 +104,7 @@ def test_several_nodes_need_a_launcher(tmp_path: Path) -> None:
 
 def test_too_little_shared_memory_is_said_at_once(tmp_path: Path) -> None:
     with Sandbox(shm="512m") as place:
-        result = place.run(_line(tmp_path, "one"), env=small.environment(), cwd=tmp_path)
+        result = place.run(_line(tmp_path, "one"), env=small.environment(4), cwd=tmp_path)
         assert result.code == 1
         assert "/dev/shm: 512 MiB are free, and Dragon needs 4,272 MiB" in result.stderr
         assert place.left() == []
@@ -116,6 +116,6 @@ def test_the_program_of_the_documentation(tmp_path: Path) -> None:
     (tmp_path / "workflow.py").write_text(program)
     with Sandbox() as place:
         command = [sys.executable, "workflow.py"]
-        result = place.run(command, env=small.environment(), cwd=tmp_path)
+        result = place.run(command, env=small.environment(4), cwd=tmp_path)
         assert (result.code, result.stdout) == (0, "['DONE', 'DONE', 'DONE']\n"), result
         assert place.left() == []

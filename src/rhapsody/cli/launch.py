@@ -58,8 +58,7 @@ def launch(
         dragon_line.check_shared_memory()
     except (ResourceError, ValueError) as error:
         raise Refusal(str(error)) from None
-    # Dragon starts its other programs by their names.
-    _put_first(environ, "PATH", os.path.dirname(program))
+    environ["PATH"] = dragon_line.path_for(program, environ)
     if small_machine:
         _put_first(environ, "PYTHONPATH", _small_machine())
     several = "--wlm" in line.words

@@ -16,7 +16,15 @@ from typing import NamedTuple
 from .errors import ResourceError
 from .segments import SHARED_MEMORY, free_bytes
 
-__all__ = ["POOL_SIZE", "Line", "check_shared_memory", "find_launcher", "line_for", "needed_bytes"]
+__all__ = [
+    "POOL_SIZE",
+    "Line",
+    "check_shared_memory",
+    "find_launcher",
+    "line_for",
+    "needed_bytes",
+    "path_for",
+]
 
 #: the variable for the bytes of the pool that Dragon gives to the programs of a node
 POOL_SIZE = "DRAGON_DEFAULT_SEG_SZ"
@@ -49,6 +57,14 @@ def find_launcher(environ: Mapping[str, str]) -> str | None:
     """
     here = os.path.dirname(sys.executable)
     return shutil.which("dragon", path=here) or shutil.which("dragon", path=environ.get("PATH"))
+
+
+def path_for(launcher: str, environ: Mapping[str, str]) -> str:
+    """Return a PATH on which Dragon finds its other programs: as it is, if it finds this one."""
+    path, here = environ.get("PATH", ""), os.path.dirname(launcher)
+    if not here or shutil.which("dragon", path=path) == launcher:
+        return path
+    return here + (os.pathsep + path if path else "")
 
 
 def line_for(

@@ -1,14 +1,19 @@
 """What makes Dragon bearable on two cores, and nodes larger than they are: an environment.
 
 The Python part is the product's, ``rhapsody.runtime.small_machine``; ``idlewait.c`` is a library
-to preload, and ``sitecustomize`` fakes CPUs and GPUs: these two are for tests only.
+to preload, ``sitecustomize`` fakes CPUs and GPUs, and ``bin`` is first on the PATH: these three are
+for tests only.
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import hashlib
 import os
+import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 
 import rhapsody.runtime
@@ -30,12 +35,25 @@ def environment(cpus: int | None = 8, gpus: int | None = None) -> dict[str, str]
     variables = {
         "PYTHONPATH": os.pathsep.join(map(str, (product, _HERE, _TESTS))),
         "LD_PRELOAD": str(idlewait()),
+        "RHAPSODY_TEST_ANSWERS": _answers(),
     }
     if cpus is not None:
         variables["RHAPSODY_TEST_CPUS"] = str(cpus)
     if gpus is not None:
         variables["RHAPSODY_TEST_GPUS"] = str(gpus)
     return variables
+
+
+#: programs that take the places of others
+BIN = _HERE / "bin"
+
+
+@functools.cache
+def _answers() -> str:
+    """The folder in which `dragon-config` keeps its answers, as long as this process lives."""
+    folder = tempfile.mkdtemp(prefix="rhapsody-answers-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def idlewait() -> Path:

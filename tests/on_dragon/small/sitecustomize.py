@@ -2,7 +2,7 @@
 
 ``RHAPSODY_TEST_CPUS``, ``RHAPSODY_TEST_GPUS``: how many each node says it has. Two ranks on a node
 need four logical CPUs, and Batch takes half of them for workers.
-``RHAPSODY_TEST_SLOW_GROUPS``: seconds that groups of MPI ranks take to go.
+``RHAPSODY_TEST_SLOW_GROUPS``: a file with the seconds that groups of MPI ranks take to go.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def _slow_groups(module: Any) -> None:
     clean_up = module.cleanup_pmix_resources
 
     def cleanup_pmix_resources(guid: int) -> Any:
-        time.sleep(float(os.environ["RHAPSODY_TEST_SLOW_GROUPS"]))
+        with open(os.environ["RHAPSODY_TEST_SLOW_GROUPS"]) as seconds:
+            time.sleep(float(seconds.read()))
         return clean_up(guid)
 
     module.cleanup_pmix_resources = cleanup_pmix_resources

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rhapsody.backends.discovery import install_hint
-from rhapsody.runtime.dragon_line import check_shared_memory, find_launcher
+from rhapsody.runtime.dragon_line import check_shared_memory, find_launcher, path_for
 from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.pmix import with_pmix
 from rhapsody.runtime.processes import Children
@@ -153,8 +153,7 @@ class Runtime:
         # The program that keeps a runtime up until it is told to stop; private, in 0.15.0.
         head = runtime._HEAD_SCRIPT
         environ = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
-        # On the PATH as in an activated environment: Dragon starts others by name.
-        environ["PATH"] = os.path.dirname(sys.executable) + os.pathsep + environ.get("PATH", "")
+        environ["PATH"] = path_for(dragon, environ)
         self._process = await asyncio.create_subprocess_exec(
             *(dragon, "-s", "-a", head),
             stdin=asyncio.subprocess.DEVNULL,
