@@ -42,19 +42,22 @@ async def _cpu(backend: Any, number: int) -> dict[str, Any]:
 
 async def _bare_stall(number: int) -> dict[str, Any]:
     """Return as `seconds` the longest time for which the loop stood still beside busy threads."""
-    end = time.perf_counter() + 15e-6 * number  # about as long as as many tasks take
+    over = threading.Event()
 
     def run() -> None:
-        while time.perf_counter() < end:
+        while not over.is_set():
             pass
 
     for _ in range(3):
         threading.Thread(target=run).start()
     longest, last = 0.0, time.perf_counter()
+    # About as long as as many tasks take, from now: that the threads are up takes as long.
+    end = last + 15e-6 * number
     while last < end:
         await asyncio.sleep(0)
         now = time.perf_counter()
         longest, last = max(longest, now - last), now
+    over.set()
     return {"seconds": longest, "result": number}
 
 
