@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from lines import PATIENCE, Line, gone, kill, listen, tell
-from processes import Roster
+from processes import roster_in
 from rhapsody.api import ComputeTask, Resources, SerializationError, Session, WorkerLostError
 from rhapsody.backends import ConcurrentExecutionBackend
 
@@ -300,15 +300,14 @@ async def test_what_left_the_workers_group_goes_with_a_cancel(line: Line, trap: 
 
 
 async def test_what_forks_during_a_cancel_leaves_nothing(tmp_path: Path) -> None:
-    roster = Roster(tmp_path)
-    async with await warm(1) as session:
-        for _ in range(5):
-            (task,) = tasks_of(subprocess.call, ["sh", "-c", roster.forking()])
-            await session.submit_tasks([task])
-            await roster.line()
-            assert await session.cancel(task)
-            await roster.empty()
-    roster.close()
+    with roster_in(tmp_path) as roster:
+        async with await warm(1) as session:
+            for _ in range(5):
+                (task,) = tasks_of(subprocess.call, ["sh", "-c", roster.forking()])
+                await session.submit_tasks([task])
+                await roster.line()
+                assert await session.cancel(task)
+                await roster.empty()
 
 
 DRIVER = """

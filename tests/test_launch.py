@@ -514,3 +514,19 @@ async def test_output_that_nobody_reads_stops_nothing(
 def _runs(pid: int, name: str, place: int) -> bool:
     words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
     return len(words) > place and words[place].endswith(name.encode())
+
+
+def test_dragon_finds_its_programs_beside_the_one_that_is_started(tmp_path: Path) -> None:
+    for folder in ("ours", "player"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "dragon").touch(mode=0o755)
+    ours, player = str(tmp_path / "ours"), str(tmp_path / "player")
+
+    def path_on(path: str) -> str:
+        return dragon_line.path_for(f"{ours}/dragon", {"PATH": path})
+
+    assert path_on("/bin") == f"{ours}:/bin"
+    assert path_on("") == ours
+    assert path_on(f"{player}:{ours}") == f"{ours}:{player}:{ours}"
+    assert path_on(f"/bin:{ours}:{player}") == f"/bin:{ours}:{player}"
+    assert dragon_line.path_for("dragon", {"PATH": "/bin"}) == "/bin"

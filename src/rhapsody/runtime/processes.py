@@ -407,7 +407,7 @@ def _shared_number() -> int:
 
 
 def _end_session(leader: int) -> None:
-    """Kill what is in a warden's session or comes from there.
+    """Kill what is in a warden's session or comes from there, until nothing of it is left.
 
     A process that left the session, and whose parent has ended too, cannot be told from others.
     """
@@ -416,9 +416,12 @@ def _end_session(leader: int) -> None:
         members = [pid for pid, (_, _, session, _) in table.items() if session == leader]
         return {*members, *warden.descendants(members, table)} - {leader}
 
-    for pid in hold(left):
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)
+    for _ in range(3):  # again for what a busy machine had not stopped in time
+        for pid in (found := hold(left)):
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        if not found:
+            return
 
 
 def _text(output: tuple[bytes, int, str | None] | None) -> tuple[str, str | None]:
