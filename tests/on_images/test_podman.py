@@ -26,6 +26,9 @@ def podman_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         folders = f"graphroot = '{folder}/images'\nrunroot = '{folder}/run'\n"
         conf.write_text(f"[storage]\ndriver = 'overlay'\n{folders}")
         monkeypatch.setenv("CONTAINERS_STORAGE_CONF", str(conf))
+        engine = Path(folder, "containers.conf")
+        engine.write_text("[engine]\nlock_type = 'file'\n")  # else one stays in /dev/shm
+        monkeypatch.setenv("CONTAINERS_CONF", str(engine))
         yield
         run(["podman", "system", "reset", "--force"])
 
