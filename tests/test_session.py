@@ -6,6 +6,7 @@ import asyncio
 import gc
 import logging
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -387,8 +388,12 @@ async def test_forget_lets_go_of_tasks() -> None:
         session.forget([task])
         del task
         gc.collect()
-        assert value() is None
-        assert gone() is None
+        # The thread that made the value may still be in the call that reported it.
+        until = time.monotonic() + 10
+        while value() or gone():
+            assert time.monotonic() < until
+            await asyncio.sleep(0.01)
+            gc.collect()
         # The statistics remember, and the uid is free again.
         assert session.get_statistics()["counts"] == {"DONE": 1}
         await session.submit_tasks([ComputeTask(function=Value, uid="again")])

@@ -29,7 +29,7 @@ from rhapsody.runtime.pmix import with_pmix
 from rhapsody.runtime.processes import Children
 from rhapsody.runtime.segments import Segments
 
-__all__ = ["Runtime", "on_thread"]
+__all__ = ["Runtime", "meet_local_services", "on_thread"]
 
 _T = TypeVar("_T")
 
@@ -37,6 +37,8 @@ _T = TypeVar("_T")
 _TRIED = ("0.15.",)
 _START = 60.0  # seconds for a runtime to come up: 2 to 5 s on an idle machine
 _STOP = 15.0  # seconds for it to go: 0.7 s on an idle machine
+_MEETINGS = 1000  # attempts to meet the local services: as many freed locks may lie about
+_meeting = threading.Lock()
 # What a process of another runtime has in its environment, and a new one must not have.
 _FOREIGN = ("DRAGON_RT_UID", "DRAGON_FE_EXTERNAL_IP_ADDR", "DRAGON_HEAD_NODE_IP_ADDR")
 
@@ -104,6 +106,7 @@ class Runtime:
         """
         self._check_release()
         if await on_thread(_in_dragon, timeout=_START):
+            await on_thread(meet_local_services, timeout=_START)
             return
         if self._num_nodes not in (None, 1):
             raise BackendError(
@@ -204,6 +207,7 @@ class Runtime:
         handle = runtime.LocalRuntime(None, described, info.get("auth_token"))
         runtime.attach(timeout=_START, runtime=handle)
         self._handle = handle
+        meet_local_services()
 
     async def close(self) -> None:
         """Stop a runtime that was started here; what does not go is killed."""
@@ -240,6 +244,25 @@ class Runtime:
         if self._children is not None:
             self._children.unguard(process.pid)
             await self._children.close()
+
+
+def meet_local_services() -> None:
+    """Let this process ask Dragon's local services for the first time, on one thread.
+
+    libdragon (0.15.0) makes the lock for that when it is first needed: in memory just taken from
+    malloc, which it refuses as a lock in use if a lock lay there before, as it does after what
+    Dragon has freed; and two threads may both make it. Where a Batch is the first who asks, it
+    fails. A second attempt gets other memory.
+    """
+    channels: Any = importlib.import_module("dragon.channels")
+    with _meeting:
+        for left in reversed(range(_MEETINGS)):
+            try:
+                channels.Channel.make_process_local().destroy_process_local()
+                return
+            except channels.ChannelError as error:
+                if "LOCK_ALREADY_INITD" not in str(error) or not left:
+                    raise
 
 
 def _in_dragon() -> bool:
