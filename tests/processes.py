@@ -120,12 +120,20 @@ def alive(pid: int) -> bool:
 
 
 def children_of(pid: int) -> list[int]:
-    """Pids of a process's children, zombies among them."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-            found += [int(word) for word in (task / "children").read_text().split()]
+    """Pids of a process's children, zombies among them; none of one that has ended."""
+    found: list[int] = []
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in list(Path(f"/proc/{pid}/task").iterdir()):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                found += [int(word) for word in (task / "children").read_text().split()]
     return found
+
+
+def command_line(pid: int) -> list[bytes]:
+    """The words of a process's command; none of one that has ended."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
+    return []
 
 
 def descendants_of(pid: int) -> list[int]:
@@ -136,11 +144,11 @@ def descendants_of(pid: int) -> list[int]:
 
 def wardens() -> list[int]:
     """Pids of the wardens of this process."""
-    return [
-        pid
-        for pid in children_of(os.getpid())
-        if b"warden.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    ]
+    return [pid for pid in children_of(os.getpid()) if is_warden(pid)]
+
+
+def is_warden(pid: int) -> bool:
+    return any(word.endswith(b"warden.py") for word in command_line(pid))
 
 
 def peak_memory(pid: int) -> int:

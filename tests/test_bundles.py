@@ -146,10 +146,10 @@ async def test_a_call_that_is_given_back_has_not_begun(line: Line, go: Line) -> 
     """Its time does not run while it waits behind a long one."""
     async with await warm(1) as session:
         first = tasks_of(hear, line.path, go.path)
-        later = [ComputeTask(function=os.getpid, timeout=0.2) for _ in range(6)]
+        later = [ComputeTask(function=os.getpid, timeout=1.5) for _ in range(6)]
         await session.submit_tasks([*first, *later])
         await line.hear()
-        await asyncio.sleep(0.5)  # longer than the timeout
+        await asyncio.sleep(1.7)  # longer than the timeout
         assert {task.state for task in later} == {"SUBMITTED"}
         go.say()
         await asyncio.wait_for(session.wait_tasks([*first, *later]), PATIENCE)

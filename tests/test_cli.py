@@ -460,7 +460,7 @@ def test_a_log_line_goes_above_the_block(script: Callable[..., Path]) -> None:
 
         async def main():
             async with Session(backends=[await ConcurrentExecutionBackend()]) as session:
-                task = ComputeTask(executable="sleep", arguments=["1"])
+                task = ComputeTask(executable="sleep", arguments=["2"])
                 await session.submit_tasks([task])
                 await asyncio.sleep(0.6)
                 logging.getLogger("rhapsody.test").warning("careful")

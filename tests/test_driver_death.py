@@ -13,7 +13,16 @@ from pathlib import Path
 
 import pytest
 
-from processes import Roster, alive, children_of, descendants_of, driver_of, gone, roster_in
+from processes import (
+    Roster,
+    alive,
+    children_of,
+    descendants_of,
+    driver_of,
+    gone,
+    is_warden,
+    roster_in,
+)
 
 
 @pytest.fixture
@@ -153,11 +162,7 @@ async def test_a_forked_process_of_the_author_does_not_hide_the_drivers_death(
 ) -> None:
     async with driver_of(FORKING, str(roster.path)) as driver:
         pids = [int(line) for line in await roster.lines(2)]
-        (warden,) = [
-            pid
-            for pid in children_of(driver.pid)
-            if b"warden.py" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]
+        (warden,) = [pid for pid in children_of(driver.pid) if is_warden(pid)]
         os.kill(driver.pid, signal.SIGKILL)
         try:
             await gone(warden)

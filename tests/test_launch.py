@@ -17,7 +17,15 @@ from pathlib import Path
 
 import pytest
 
-from processes import Roster, descendants_of, driver_of, gone, readable, roster_in
+from processes import (
+    Roster,
+    command_line,
+    descendants_of,
+    driver_of,
+    gone,
+    readable,
+    roster_in,
+)
 from rhapsody.runtime import dragon_line
 from rhapsody.runtime.errors import ResourceError
 from rhapsody.runtime.launcher_output import LauncherOutput
@@ -512,7 +520,7 @@ async def test_output_that_nobody_reads_stops_nothing(
 
 
 def _runs(pid: int, name: str, place: int) -> bool:
-    words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    words = command_line(pid)
     return len(words) > place and words[place].endswith(name.encode())
 
 

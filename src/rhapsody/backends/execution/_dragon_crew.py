@@ -129,8 +129,9 @@ class Post:
             queue.destroy()
 
     def abandon(self) -> None:
-        """Read no more: the runtime is broken."""
+        """Read no more: the runtime is broken, or left."""
         self._leaving.set()
+        self.places.leave()
 
     def _read(self) -> None:
         while not self._leaving.is_set():
@@ -247,11 +248,14 @@ class Crew:
                 else:
                     self._submit_now(flight)
             while waiting and not self._closing:
-                first = waiting[0]
-                take = self._places.take if first.pinned else self._places.take_turn
-                if not (self._is_gone(first) or take(first)):
+                if not (self._is_gone(waiting[0]) or self._may_go(waiting[0])):
                     break
                 self._submit_now(waiting.popleft())
+
+    def _may_go(self, flight: Flight) -> bool:
+        if flight.pinned:
+            return self._places.take(flight) == "taken"
+        return self._places.take_turn(flight)
 
     def _look_again(self) -> None:
         """Places have become free."""
@@ -310,9 +314,9 @@ class Crew:
                 kept["policy"] = on_place(flight.places[rank], kept.get("policy"))
             template = process.ProcessTemplate(target, args=args, **kept)
             templates.append((count, template))
+        templates[0][1].patience = remote.Patience()
         if len(templates) == 1:
             return self.batch.process(templates[0][1])
-        templates[0][1].patience = remote.Patience()
         pmi = facts.PMIBackend.from_str(flight.pmi) if flight.pmi else None
         return self.batch.options(pmi=pmi).job(templates)
 

@@ -116,6 +116,7 @@ class GangCrew(Crew):
         self._thread = _Thread("dragon-gangs")
         self._waiting: deque[Flight] = deque()
         self._gangs: list[_Gang] = []
+        self._needs_turn = False  # the first that waits, which another backend has
 
     def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
         """Start the thread."""
@@ -151,8 +152,9 @@ class GangCrew(Crew):
         try:
             while True:
                 with self._thread.changed:
-                    if not self._thread.closing and (self._gangs or not self._waiting):
-                        self._thread.changed.wait(nap if self._gangs else None)
+                    to_ask = self._gangs or self._needs_turn
+                    if not self._thread.closing and (to_ask or not self._waiting):
+                        self._thread.changed.wait(nap if to_ask else None)
                     if self._thread.closing:
                         return
                 changed = self._start_what_fits()
@@ -172,16 +174,16 @@ class GangCrew(Crew):
                 if not self._waiting:
                     break
                 flight = self._waiting[0]
-                gone = self._is_gone(flight)
-                fits = not gone and self._places.take(flight)
-                if not gone and not fits and self._gangs:
+                said = "gone" if self._is_gone(flight) else self._places.take(flight)
+                self._needs_turn = said == "no turn"
+                if self._needs_turn or (said == "no room" and self._gangs):
                     return started
                 self._waiting.popleft()
                 self._withdrawn.discard(flight)
-                if fits:
+                if said == "taken":
                     self._start(_Gang(flight))
                     started = True
-                elif not gone:
+                elif said == "no room":
                     self._hear(self, flight, "refused", RuntimeError("no node has room for it"))
         return started
 
@@ -245,11 +247,11 @@ class GangCrew(Crew):
         return bool(codes)
 
     def _leave(self, gang: _Gang) -> None:
-        self._places.give_back(gang.flight)
         if gang.group is not None:
             # The exit codes are known; a group over several nodes raises here in 0.15.0.
             with contextlib.suppress(Exception):
                 gang.group.close()
+        self._places.give_back(gang.flight)
 
 
 def _group(pmi: str, templates: list[Any]) -> Any:

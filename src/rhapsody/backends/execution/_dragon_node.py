@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
@@ -231,11 +231,17 @@ def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -
 
 
 class Patience:
-    """Part of a job's template. The worker of Batch that unpickles it waits longer for its end.
+    """Part of a job's template. The worker of Batch that unpickles it waits as it should.
 
     When the ranks have ended, that worker closes their group, and gives it 5 s. With PMIx over
     several nodes the group's own process takes 2 to 10 s, and then an error takes the place of the
-    exit codes, which are lost. There is no public way to tell Batch; read in 0.15.0.
+    exit codes, which are lost.
+
+    While they run it asks every 0.1 s whether they have ended, and hears nothing, as a rule. Where
+    both are slow it hears that they have not, in which Dragon looks for a traceback that is not
+    there ("'NoneType' object is not subscriptable"), and the job fails.
+
+    There is no public way to tell Batch; read in 0.15.0.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -254,7 +260,21 @@ def _be_patient() -> Patience:
 
     # The only use of it there is that wait.
     groups.process_join = join
+    if groups.ProcessGroup.join.__module__ != __name__:
+        groups.ProcessGroup.join = _hears_of_time(groups.ProcessGroup.join)
     return Patience()
+
+
+def _hears_of_time(join: Callable[..., None]) -> Callable[..., None]:
+    def join_in_time(group: Any, timeout: float | None = None) -> None:
+        try:
+            join(group, timeout)
+        except TypeError as error:
+            if "subscriptable" not in str(error):
+                raise
+            raise TimeoutError from None
+
+    return join_in_time
 
 
 # ---------------------------------------------------------------------- the agent of a node

@@ -5,8 +5,9 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import threading
+import weakref
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from ._dragon_plan import Flight, Nodes, Place, host_of
 
@@ -25,43 +26,45 @@ class Places:
         self._lock = threading.Lock()
         self._cores = {host: list(cores) for host, cores in nodes.cpus.items()}
         self._gpus = {host: list(nodes.gpus.get(host, ())) for host in nodes.cpus}
-        self._turn: Flight | None = None  # the MPI world over several nodes that runs now
+        self._turn: Flight | None = None  # the MPI world over several nodes that runs here now
         self._listeners: list[Callable[[], None]] = []
+        with _turns:
+            _all.add(self)
 
     def on_free(self, listener: Callable[[], None]) -> None:
         """Have a function called whenever places become free, on any thread."""
         self._listeners.append(listener)
 
-    def take(self, flight: Flight) -> bool:
-        """Take a place for each rank of a job; False where there is not enough free, yet.
+    def take(self, flight: Flight) -> Literal["taken", "no room", "no turn"]:
+        """Take a place for each rank of a job, unless there is not enough free, yet.
 
         An MPI world over several nodes needs its turn too, as in `take_turn`.
         """
         with self._lock:
             if (places := self._take_all(flight)) is None:
-                return False
+                return "no room"
             if not self._take_turn(flight, {place.host for place in places}):
                 self._free(places)
-                return False
+                return "no turn"
             flight.places = places
-        return True
+        return "taken"
 
     def take_turn(self, flight: Flight) -> bool:
         """Let a job go whose places Dragon chooses; False where it has to wait for another's end.
 
-        MPI worlds over several nodes run one at a time. Where two start at once, Dragon 0.15.0
-        leaves ranks waiting for ever in MPI_Init, or for their first message: seen with 3 pairs of
-        5, and with none of 70 worlds that came one after the other.
+        MPI worlds over several nodes run one at a time, of all backends together. Where two start
+        at once, Dragon 0.15.0 leaves ranks waiting for ever in MPI_Init, or for their first
+        message: seen with 3 pairs of 5, and with none of 70 worlds that came one after the other.
         """
         named = {host_of(template) for _, template in flight.jobs}
-        with self._lock:
-            return self._take_turn(flight, {*self.nodes.cores} if None in named else named)
+        return self._take_turn(flight, {*self.nodes.cores} if None in named else named)
 
     def _take_turn(self, flight: Flight, hosts: Collection[str | None]) -> bool:
         if flight.is_world and len(hosts) > 1:
-            if self._turn is not None:
-                return False
-            self._turn = flight
+            with _turns:
+                if any(places._turn is not None for places in _all):
+                    return False
+                self._turn = flight
         return True
 
     def _take_all(self, flight: Flight) -> list[Place] | None:
@@ -97,15 +100,32 @@ class Places:
         with self._lock:
             places, flight.places = flight.places, []
             self._free(places)
-            if had_turn := self._turn is flight:
-                self._turn = None
-        for listener in self._listeners if places or had_turn else ():
+        if self._turn is flight:
+            self.leave()
+        elif places:
+            self._tell()
+
+    def leave(self) -> None:
+        """Let others have the turn, and know of it."""
+        with _turns:
+            self._turn = None
+            others = list(_all)
+        for places in others:
+            places._tell()
+
+    def _tell(self) -> None:
+        for listener in self._listeners:
             listener()
 
     def _free(self, places: Any) -> None:
         for place in places:
             self._cores[place.host] = sorted([*self._cores[place.host], *place.cores])
             self._gpus[place.host] = sorted([*self._gpus[place.host], *place.gpus])
+
+
+# One world at a time in a driver, whichever of its backends has it.
+_turns = threading.Lock()
+_all: weakref.WeakSet[Places] = weakref.WeakSet()
 
 
 def on_host(host: str) -> Any:
