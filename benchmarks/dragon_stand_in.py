@@ -49,6 +49,15 @@ class _Process(threading.Thread):
         super().__init__(target=target, args=args, daemon=True)
 
 
+class _Channel:
+    @classmethod
+    def make_process_local(cls) -> _Channel:
+        return cls()
+
+    def destroy_process_local(self) -> None:
+        pass
+
+
 class _Policy(SimpleNamespace):
     Placement = SimpleNamespace(HOST_NAME=None)
 
@@ -97,6 +106,7 @@ def install() -> None:
     node = SimpleNamespace(hostname=_HOST, num_cpus=2 * side.cores(), gpus=None)
     modules: dict[str, dict[str, Any]] = {
         "dragon": {"in_dragon": lambda: True},
+        "dragon.channels": {"Channel": _Channel, "ChannelError": OSError},
         "dragon.infrastructure.policy": {"Policy": _Policy},
         "dragon.native.machine": {
             "Node": lambda uid: node,

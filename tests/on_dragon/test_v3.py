@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
+import pickle
 import socket
 import sys
 import threading
@@ -25,6 +27,7 @@ from rhapsody.api.errors import (
     WorkerLostError,
 )
 from rhapsody.backends import DragonExecutionBackendV3
+from rhapsody.backends.execution._dragon_node import Patience
 from rhapsody.backends.execution._dragon_runtime import meet_local_services
 
 from . import work
@@ -79,6 +82,30 @@ def _exit_code_of(function: Callable[[], None]) -> int:
 
 def test_local_services_are_met_where_freed_locks_lie_about(runtime: Runtime) -> None:
     assert runtime.call(_exit_code_of, _meet_among_freed_locks) == 0
+
+
+def _join_until_it_ends() -> None:
+    """As a worker of Batch does with the ranks of a job, when their manager has time to answer."""
+    from dragon.native.process import ProcessTemplate
+    from dragon.native.process_group import ProcessGroup
+
+    pickle.loads(pickle.dumps(Patience()))
+    group = ProcessGroup(ignore_error_on_exit=True)
+    group.add_process(1, ProcessTemplate("/bin/sleep", args=("3",)))
+    group.init()
+    group.start()
+    for timeout in itertools.cycle((0.05, 0.45)):
+        try:
+            group.join(timeout=timeout)
+            break
+        except TimeoutError:
+            continue
+    assert [code for _, code in group.inactive_puids] == [0]
+    group.close()
+
+
+def test_a_job_that_has_not_ended_yet_has_not_failed(runtime: Runtime) -> None:
+    assert runtime.call(_exit_code_of, _join_until_it_ends) == 0
 
 
 # ---------------------------------------------------------------------- while nothing is done
