@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,22 +26,36 @@ from .runtime import Runtime
 MPI = {"MPI4PY_LIBMPI": os.path.join(sys.prefix, "lib", "libmpi.so.40")}
 LAUNCH = [sys.executable, "-m", "rhapsody", "launch", "--dragon"]
 PROGRAM = """
+from on_dragon.test_mpi import note
+note("begin")
 from mpi4py import MPI
 world = MPI.COMM_WORLD
 world_rank = world.Get_rank()
 total = world.allreduce(world_rank + 1)
 print(world.Get_rank(), world.Get_size(), total, MPI.Get_processor_name())
 MPI.Finalize()
+note("end")
 raise SystemExit(world_rank)
 """
 
 
+def note(word: str) -> None:
+    """Append a line to the log of the test's worlds, if it has one; after the first, wait a bit."""
+    if "WORLDS" in os.environ and os.environ["PMIX_RANK"] == "0":
+        with open(os.environ["WORLDS"], "a") as log:
+            log.write(f"{word}\n")
+        if word == "begin":
+            time.sleep(2)
+
+
 def rank() -> tuple[int, int, int, str]:
     """Rank, size, the sum of all ranks from 1 on, host."""
+    note("begin")
     from mpi4py import MPI as mpi
 
     world = mpi.COMM_WORLD
     total = world.allreduce(world.Get_rank() + 1)
+    note("end")
     return world.Get_rank(), world.Get_size(), total, work.host()
 
 
@@ -148,16 +163,18 @@ def test_in_a_runtime_of_the_programs_own(tmp_path: Path) -> None:
 def test_a_world_over_two_nodes(tmp_path: Path) -> None:
     """Also where its end takes longer than Batch waits, after which exit codes would be lost.
 
-    Those of two backends at once: without turns they wait for each other for ever.
+    Those of two backends take turns: if not, they wait for each other for ever, now and then.
     """
-    slow = tmp_path / "slow"
-    env = {**small.environment(4), "RHAPSODY_TEST_SLOW_GROUPS": str(slow)}
+    slow, worlds = tmp_path / "slow", tmp_path / "worlds"
+    files = {"RHAPSODY_TEST_SLOW_GROUPS": str(slow), "WORLDS": str(worlds)}
+    env = {**small.environment(4), **files}
     with Nodes(2) as place:
         launcher = [*LAUNCH, "--hosts", ",".join(place.hosts)]
         with Runtime(place, env, launcher=launcher, cwd=tmp_path) as runtime:
             runtime.call(open_both)
-            slow.write_text("7")
+            slow.write_text("5")
             runtime.call_within(170, check_both, place.hosts)
             runtime.call(work.close_session)
             assert runtime.stop().code == 0
             assert place.left(15.0) == []
+    assert worlds.read_text().split() == ["begin", "end"] * 4
