@@ -557,6 +557,38 @@ def test_threads_that_cannot_be_stopped_are_named_and_a_second_ctrl_c_ends_them(
         assert screen.end() == -signal.SIGINT
 
 
+def test_a_thread_may_be_in_a_print_when_ctrl_c_comes(script: Callable[..., Path]) -> None:
+    """CPython's print holds no reference to the stream, which is no more when the script ends."""
+    path = script("""
+        import time
+
+        class Slow:
+            def __str__(self):
+                before = id(sys.stdout)
+                os.write(1, b"up")
+                while id(sys.stdout) == before:
+                    time.sleep(0.01)
+                return "late"
+
+        def work(seconds):
+            print(Slow())
+            time.sleep(seconds)
+
+        async def main():
+            async with Session(backends=[await ConcurrentExecutionBackend()]) as session:
+                await session.map(work, [600])
+
+        asyncio.run(main())
+    """)
+    with terminal("run", path) as screen:
+        screen.until("up")
+        screen.interrupt()
+        screen.until("1 of its threads still run, Ctrl-C again ends them\r\n")
+        assert "late\r\n" in screen.seen
+        screen.interrupt()
+        assert screen.end() == -signal.SIGINT
+
+
 def test_ctrl_c_in_a_script_without_a_session(script: Callable[..., Path]) -> None:
     path = script("print('up', flush=True)\nimport time\ntime.sleep(600)\n", header="")
     with terminal("run", path) as screen:

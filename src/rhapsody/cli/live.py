@@ -20,6 +20,10 @@ REDRAW_SECONDS = 0.05
 
 _CLEAR_BELOW = "\x1b[J"
 
+# Every stream that was wrapped, for good: a `print` on another thread holds no reference to the one
+# that it writes to, and would crash without it (CPython before 3.13.3, its issue 130163).
+_kept: list[TextIO] = []
+
 
 class LiveBlock:
     """Draws what ``render`` returns (lines, each ended) at the bottom of the terminal.
@@ -49,6 +53,7 @@ class LiveBlock:
             if stream.isatty():
                 wrapped: Any = _Above(stream, self)
                 self._wrapped[name] = (stream, wrapped)
+                _kept.append(wrapped)
                 setattr(sys, name, wrapped)
         self._thread.start()
         return self
