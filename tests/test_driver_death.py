@@ -85,6 +85,36 @@ async def test_no_process_survives_its_driver(roster: Roster, number: int) -> No
     assert not Path("begun").exists()
 
 
+GUARDING = """
+import asyncio, subprocess, sys
+from rhapsody.runtime.processes import Children
+
+async def main():
+    children = Children(lambda events: None)
+    script = ["sh", "-c", f"read go; {sys.argv[1]}"]
+    trees = [
+        subprocess.Popen(script, stdin=subprocess.PIPE, start_new_session=True) for _ in range(4)
+    ]
+    for process in trees:
+        children.guard(process.pid)
+    await asyncio.sleep(0)  # the warden is told at the end of this turn
+    for process in trees:
+        process.stdin.write(b"go\\n")
+        process.stdin.flush()
+    await asyncio.to_thread(sys.stdin.buffer.read)
+
+asyncio.run(main())
+"""
+
+
+async def test_nothing_survives_below_what_is_guarded(roster: Roster) -> None:
+    """Processes of the driver's own, below which others leave their groups, and fork on and on."""
+    async with driver_of(GUARDING, roster.forking()) as driver:
+        await roster.lines(4)
+        os.kill(driver.pid, signal.SIGKILL)
+        await roster.empty()
+
+
 async def test_the_warden_leaves_by_itself(roster: Roster) -> None:
     async with driver_of(FAMILY, str(roster.path)) as driver:
         await roster.lines(REPORTS)

@@ -94,12 +94,17 @@ async def _topology() -> dict[str, dict[str, Any]]:
 
 
 async def _kill(marker: str) -> dict[str, Any]:
+    before = set(threading.enumerate())
     await work.open_session(node_timeout=5.0)
-    tasks = [ComputeTask(function=work.spin, args=(60.0,)) for _ in range(8)]
+    # On the first Batch, which is left to it when the other takes a worker down.
+    tasks = [await work.start(ComputeTask(function=work.spin, args=(60.0,)))]
+    await work.run(ComputeTask(function=work.die))
+    tasks += [ComputeTask(function=work.spin, args=(60.0,)) for _ in range(8)]
     tasks += [ComputeTask(executable="sleep", arguments=["60"]) for _ in range(4)]
-    await work.session().submit_tasks(tasks)
-    while not any(task.state == "RUNNING" for task in tasks):
+    await work.session().submit_tasks(tasks[1:])
+    while not any(task.state == "RUNNING" for task in tasks[1:]):
         await asyncio.sleep(0.05)
+    assert len(work.backend()._crews) == 2
     other = next(host for host in work.backend().topology() if host != work.host())
     Path(marker).write_text(other)  # not the node that we are on
     began = time.monotonic()
@@ -113,7 +118,12 @@ async def _kill(marker: str) -> dict[str, Any]:
     late = ComputeTask(function=work.add, args=(1, 1))
     await work.run(late)
     assert isinstance(late.exception, BackendError)
-    return {"settled": settled, "closed": await work.close_session()}
+    took = {"settled": settled, "closed": await work.close_session()}
+    until = time.monotonic() + 10
+    while [t for t in threading.enumerate() if not (t.daemon or t in before)]:
+        assert time.monotonic() < until, "a thread of a Batch keeps the program from its end"
+        await asyncio.sleep(0.05)
+    return took
 
 
 def test_a_lost_node_settles_everything(tmp_path: Path) -> None:

@@ -7,19 +7,15 @@ import contextlib
 import multiprocessing.util  # noqa: F401 - its exit handler must be registered before ours
 import os
 import signal
-import time
 import weakref
-from collections.abc import Callable, Iterable
 from multiprocessing.process import BaseProcess
 
 from . import warden
 
-__all__ = ["Strays", "hold", "kill_group", "workers"]
+__all__ = ["Strays", "kill_group", "workers"]
 
 # A worker that nobody has stopped would be waited for at exit; this runs before multiprocessing's.
 workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
-
-_LOOK_MOST = 5.0  # seconds until we no longer run after those who fork faster than we look
 
 
 def _kill_workers() -> None:
@@ -42,31 +38,6 @@ def kill_group(pid: int, number: int) -> None:
             os.kill(pid, number)
 
 
-def hold(whom: Callable[[warden.Table], Iterable[int]]) -> set[int]:
-    """Stop processes where they are, until there are no new ones among them; returns their pids.
-
-    So none is born while we look: once its parent is dead, whose it was cannot be told.
-    """
-    held: set[int] = set()
-    still = False
-    began = changed = time.monotonic()
-    while True:
-        table = warden.processes()
-        wanted = set(whom(table))
-        now = time.monotonic()
-        if new := wanted - held:
-            changed = now
-        for pid in new:
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGSTOP)
-        before, still = still, not new and warden.stand_still(wanted, table)
-        # Twice: what is born while we read the first table is only in the second.
-        if (before and still) or now > min(changed + warden.FREEZE, began + _LOOK_MOST):
-            return wanted
-        held |= wanted
-        os.sched_yield()
-
-
 class Strays:
     """The descendants of a process that have left its group; they and it stand still now.
 
@@ -79,7 +50,8 @@ class Strays:
         self._fds: list[int] = []
         if not hasattr(os, "pidfd_open"):  # not Linux
             return
-        for one in hold(lambda table: {pid, *warden.descendants([pid], table)} - {os.getpid()}):
+        tree = warden.hold(lambda table: {pid, *warden.descendants([pid], table)} - {os.getpid()})
+        for one in tree:
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left
                 if os.getpgid(one) != pid:
                     self._fds.append(os.pidfd_open(one))

@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from . import warden
-from .ends import hold
 from .errors import BackendError
 from .texts import plain
 from .wire import keep_from_forks
@@ -417,7 +416,7 @@ def _end_session(leader: int) -> None:
         return {*members, *warden.descendants(members, table)} - {leader}
 
     for _ in range(3):  # again for what a busy machine had not stopped in time
-        for pid in (found := hold(left)):
+        for pid in (found := warden.hold(left)):
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
         if not found:

@@ -28,6 +28,7 @@ import struct
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 TAIL = 65536  # bytes kept in memory of an output that went to a file: the last words
@@ -40,6 +41,7 @@ _RESTORED = [
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _ADOPTS = sys.platform.startswith("linux")  # whether we can hear of descendants' ends
 FREEZE = 0.2  # seconds until we no longer wait for a process that does not stop on SIGSTOP
+LOOK_MOST = 5.0  # seconds until we no longer run after those who fork faster than we look
 _ORPHAN_GRACE = 0.5  # seconds between SIGTERM and SIGKILL when the driver has died
 # Seconds that the news of a start may wait for that of an end, and that of an end while there is
 # enough to start next: one message for several short children.
@@ -502,7 +504,7 @@ class Warden:
         self.line.clear()
         self.selector.unregister(self.sock)
         # While their parents live: those that left a guarded group come to nobody we know of.
-        apart = descendants(list(self.guarded), processes()) if self.guarded else []
+        apart = hold(self.below_the_guarded) if self.guarded else set()
         for pid in self.guarded:
             _killpg(pid, signal.SIGKILL)
         for pid in apart:
@@ -520,6 +522,10 @@ class Warden:
             for pid in left:
                 _kill(pid)
             os.waitpid(-1, 0)
+
+    def below_the_guarded(self, table: Table) -> set[int]:
+        there = self.guarded & table.keys()
+        return {*there, *descendants(list(there), table)}
 
 
 def _drain(stream: Stream) -> None:
@@ -610,9 +616,33 @@ def descendants(roots: list[int], table: Table) -> list[int]:
     return found
 
 
-def _kill(pid: int) -> None:
+def hold(whom: Callable[[Table], Iterable[int]]) -> set[int]:
+    """Stop processes where they are, until there are no new ones among them; returns their pids.
+
+    So none is born while we look: once its parent is dead, whose it was cannot be told.
+    """
+    held: set[int] = set()
+    still = False
+    began = changed = time.monotonic()
+    while True:
+        table = processes()
+        wanted = set(whom(table))
+        now = time.monotonic()
+        if new := wanted - held:
+            changed = now
+        for pid in new:
+            _kill(pid, signal.SIGSTOP)
+        before, still = still, not new and stand_still(wanted, table)
+        # Twice: what is born while we read the first table is only in the second.
+        if (before and still) or now > min(changed + FREEZE, began + LOOK_MOST):
+            return held | wanted
+        held |= wanted
+        os.sched_yield()
+
+
+def _kill(pid: int, number: int = signal.SIGKILL) -> None:
     try:
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, number)
     except (ProcessLookupError, PermissionError):  # the latter of a program that is another user's
         pass
 

@@ -227,8 +227,9 @@ class Runtime:
         """Kill what is left of the runtime's processes, with their files in shared memory."""
         from rhapsody.runtime import warden
 
-        members = [process.pid, *warden.descendants([process.pid], warden.processes())]
         if process.returncode is None:
+            root = process.pid
+            members = warden.hold(lambda table: {root, *warden.descendants([root], table)})
             if self._segments is not None:
                 self._segments.look(members)
             for pid in members:
