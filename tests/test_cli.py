@@ -533,22 +533,28 @@ def test_a_second_ctrl_c_leaves_no_process(script: Callable[..., Path], tmp_path
     assert is_gone(task, 10)
 
 
-def test_threads_that_cannot_be_stopped_are_named_and_a_second_ctrl_c_ends_them(
-    script: Callable[..., Path],
-) -> None:
-    path = script("""
-        import time
-
-        def work(seconds):
-            print("up", flush=True)
-            time.sleep(seconds)
-
+MAP_WORK = """
         async def main():
             async with Session(backends=[await ConcurrentExecutionBackend()]) as session:
                 await session.map(work, [600])
 
         asyncio.run(main())
-    """)
+"""
+
+
+def test_threads_that_cannot_be_stopped_are_named_and_a_second_ctrl_c_ends_them(
+    script: Callable[..., Path],
+) -> None:
+    path = script(
+        """
+        import time
+
+        def work(seconds):
+            print("up", flush=True)
+            time.sleep(seconds)
+    """
+        + MAP_WORK
+    )
     with terminal("run", path) as screen:
         screen.until("up")
         screen.interrupt()
@@ -559,7 +565,8 @@ def test_threads_that_cannot_be_stopped_are_named_and_a_second_ctrl_c_ends_them(
 
 def test_a_thread_may_be_in_a_print_when_ctrl_c_comes(script: Callable[..., Path]) -> None:
     """CPython's print holds no reference to the stream, which is no more when the script ends."""
-    path = script("""
+    path = script(
+        """
         import time
 
         class Slow:
@@ -573,13 +580,9 @@ def test_a_thread_may_be_in_a_print_when_ctrl_c_comes(script: Callable[..., Path
         def work(seconds):
             print(Slow())
             time.sleep(seconds)
-
-        async def main():
-            async with Session(backends=[await ConcurrentExecutionBackend()]) as session:
-                await session.map(work, [600])
-
-        asyncio.run(main())
-    """)
+    """
+        + MAP_WORK
+    )
     with terminal("run", path) as screen:
         screen.until("up")
         screen.interrupt()

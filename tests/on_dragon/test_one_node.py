@@ -1,14 +1,21 @@
-"""The harness with Dragon on one node: a runtime for many tests, and what is left of bad ends."""
+"""The harness with Dragon on one node: a runtime for many tests, what is left of bad ends, and what
+Dragon itself trips over, with our mends.
+"""
 
 from __future__ import annotations
 
+import itertools
 import os
+import pickle
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from rhapsody.backends.execution._dragon_node import Patience
+from rhapsody.backends.execution._dragon_runtime import meet_local_services
 
 from . import raw, small
 from .command import Running
@@ -95,3 +102,66 @@ def _script(place: Sandbox, text: str, folder: Path) -> Running:
     script = folder / "script.py"
     script.write_text(text)
     return place.start([*place.launcher, str(script)], env=small.environment(4), cwd=folder)
+
+
+# ---------------------------------------------------------------------- what Dragon trips over
+
+
+def _meet_among_freed_locks() -> None:
+    """In a process that has yet to ask Dragon's local services anything."""
+    import ctypes
+
+    from dragon.channels import Channel, ChannelError
+
+    libc = ctypes.CDLL(None)
+    libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
+    libc.free.argtypes = [ctypes.c_void_p]
+    size = 272  # of a lock, in 0.15.0
+    locks = []
+    for _ in range(200):
+        locks.append(libc.malloc(size))
+        libc.malloc(600)  # or the freed ones become one, of another size
+    for lock in locks:
+        ctypes.memset(lock, 1, size)  # as the mark of a lock in use is
+        libc.free(lock)
+    with pytest.raises(ChannelError, match="LOCK_ALREADY_INITD"):
+        Channel.make_process_local()
+    meet_local_services()
+    Channel.make_process_local().destroy_process_local()
+
+
+def _exit_code_of(function: Callable[[], None]) -> int:
+    from dragon.native.process import Process
+
+    process = Process(target=function)
+    process.start()
+    process.join()
+    return int(process.returncode)
+
+
+def test_local_services_are_met_where_freed_locks_lie_about(runtime: Runtime) -> None:
+    assert runtime.call(_exit_code_of, _meet_among_freed_locks) == 0
+
+
+def _join_until_it_ends() -> None:
+    """As a worker of Batch does with the ranks of a job, when their manager has time to answer."""
+    from dragon.native.process import ProcessTemplate
+    from dragon.native.process_group import ProcessGroup
+
+    pickle.loads(pickle.dumps(Patience()))
+    group = ProcessGroup(ignore_error_on_exit=True)
+    group.add_process(1, ProcessTemplate("/bin/sleep", args=("3",)))
+    group.init()
+    group.start()
+    for timeout in itertools.cycle((0.05, 0.45)):
+        try:
+            group.join(timeout=timeout)
+            break
+        except TimeoutError:
+            continue
+    assert [code for _, code in group.inactive_puids] == [0]
+    group.close()
+
+
+def test_a_job_that_has_not_ended_yet_has_not_failed(runtime: Runtime) -> None:
+    assert runtime.call(_exit_code_of, _join_until_it_ends) == 0

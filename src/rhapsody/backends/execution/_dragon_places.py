@@ -101,12 +101,17 @@ class Places:
             places, flight.places = flight.places, []
             self._free(places)
         if self._turn is flight:
-            self.leave()
+            self._pass_turn()
         elif places:
             self._tell()
 
     def leave(self) -> None:
-        """Let others have the turn, and know of it."""
+        """Keep nobody waiting for a turn here from now on, for it may never end."""
+        with _turns:
+            _all.discard(self)
+        self._pass_turn()
+
+    def _pass_turn(self) -> None:
         with _turns:
             self._turn = None
             others = list(_all)

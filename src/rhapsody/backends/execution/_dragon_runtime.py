@@ -225,16 +225,8 @@ class Runtime:
 
     async def _end(self, process: asyncio.subprocess.Process) -> None:
         """Kill what is left of the runtime's processes, with their files in shared memory."""
-        from rhapsody.runtime import warden
-
         if process.returncode is None:
-            root = process.pid
-            members = warden.hold(lambda table: {root, *warden.descendants([root], table)})
-            if self._segments is not None:
-                self._segments.look(members)
-            for pid in members:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+            await asyncio.to_thread(self._kill, process.pid)
             await process.wait()
             if self._segments is not None:
                 self._segments.remove()
@@ -245,6 +237,16 @@ class Runtime:
         if self._children is not None:
             self._children.unguard(process.pid)
             await self._children.close()
+
+    def _kill(self, root: int) -> None:
+        from rhapsody.runtime import warden
+
+        members = warden.hold(lambda table: {root, *warden.descendants([root], table)})
+        if self._segments is not None:
+            self._segments.look(members)
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
 
 
 def meet_local_services() -> None:
