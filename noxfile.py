@@ -84,7 +84,7 @@ from rhapsody.backends import ConcurrentExecutionBackend
 
 files = importlib.resources.files("rhapsody")
 assert files.joinpath("py.typed").is_file()
-assert files.joinpath("runtime/_small/sitecustomize.py").is_file()
+assert files.joinpath("launch/dragon/_sitecustomize/sitecustomize.py").is_file()
 
 async def main():
     async with rhapsody.Session(backends=[ConcurrentExecutionBackend()]) as session:

@@ -148,7 +148,9 @@ def wardens() -> list[int]:
 
 
 def is_warden(pid: int) -> bool:
-    return any(word.endswith(b"warden.py") for word in command_line(pid))
+    return any(
+        word.endswith((b"local/warden", b"local/warden/__main__.py")) for word in command_line(pid)
+    )
 
 
 def peak_memory(pid: int) -> int:

@@ -22,7 +22,7 @@ def open_batch() -> None:
     """Make the Batch that the others use."""
     from dragon.workflows.batch import Batch
 
-    from rhapsody.backends.execution._dragon_runtime import meet_local_services
+    from rhapsody.backends.execution.dragon.runtime import meet_local_services
 
     meet_local_services()
     global _batch

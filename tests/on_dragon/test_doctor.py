@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from rhapsody.runtime.pmix import pmix_of_openmpi
+from rhapsody.launch.dragon.pmix import pmix_of_openmpi
 
 from . import small
 from .command import Result

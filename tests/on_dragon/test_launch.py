@@ -159,7 +159,7 @@ def test_ctrl_c_while_dragon_starts(sandbox: Sandbox, folder: Path) -> None:
     assert running.wait(END).code == 130
 
 
-@pytest.mark.parametrize("victim", ["caller", "launcher", "head.py"])
+@pytest.mark.parametrize("victim", ["caller", "launcher", "workflow_runner.py"])
 def test_whoever_is_killed_all_the_others_go(sandbox: Sandbox, folder: Path, victim: str) -> None:
     running = launched(sandbox, folder, "wait")
     running.wait_for("up", UP)
@@ -167,7 +167,7 @@ def test_whoever_is_killed_all_the_others_go(sandbox: Sandbox, folder: Path, vic
         running.signal(signal.SIGKILL)
     else:
         # argv: interpreter, program, arguments; the launcher's has all the others' names.
-        words = {"launcher": "/dragon", "head.py": "/head.py"}
+        words = {"launcher": "/dragon", "workflow_runner.py": "/workflow_runner.py"}
         (pid,) = [
             pid
             for pid, line in sandbox.processes().items()

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody.backends.execution._dragon_node import Patience
-from rhapsody.backends.execution._dragon_runtime import meet_local_services
+from rhapsody.backends.execution.dragon.node.worker import Patience
+from rhapsody.backends.execution.dragon.runtime import meet_local_services
 
 from . import raw, small
 from .command import Running

@@ -13,7 +13,7 @@ from rhapsody import ComputeTask
 from rhapsody.api import Resources
 from rhapsody.api.errors import ResourceError
 from rhapsody.backends import DragonExecutionBackendV1
-from rhapsody.runtime.machine import granted_cores
+from rhapsody.runtime.machine.hardware import granted_cores
 
 from . import small, work
 from .nodes import Sandbox

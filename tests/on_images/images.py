@@ -21,7 +21,7 @@ from .apptainer import CACHE
 #: what Dragon needs in Docker
 SHM = "--shm-size=6g"
 #: makes Dragon bearable on two cores: where the product's own patches are in the images
-SMALL = "/opt/rhapsody/lib/python3.11/site-packages/rhapsody/runtime/_small"
+SMALL = "/opt/rhapsody/lib/python3.11/site-packages/rhapsody/launch/dragon/_sitecustomize"
 #: where the tools of the tests are, in the image and, for the SIF, on the machine
 TOOLS = Path("/opt/testing")
 

@@ -83,11 +83,12 @@ def test_the_units_of_the_installed_package(
     sif: Path, apptainer: Path, tools: str, folder: Path
 ) -> None:
     """Those of what an image might break: processes, signals, MPI and memory."""
-    tests = ["executables", "warden", "workers", "mpi", "mixture", "launch", "driver_death"]
+    local = ["executables", "warden", "workers", "mpi", "driver_death"]
     words: list[str | Path] = ["exec", "--bind", f"{built.tools_of(tools)}:{built.TOOLS}"]
     words += ["--bind", f"{ROOT}:/project:ro", "--pwd", "/project", sif]
     words += ["pytest", "-p", "no:cacheprovider", "-q", f"--basetemp={folder}/pytest"]
-    words += [f"tests/test_{name}.py" for name in tests]
+    words += [f"tests/runtime/test_{name}.py" for name in local]
+    words += ["tests/test_mixture.py", "tests/launch/test_launch.py"]
     env = {
         "APPTAINERENV_PYTHONPATH": f"{built.TOOLS}/lib/python3.11/site-packages",
         "APPTAINERENV_PREPEND_PATH": f"{built.TOOLS}/bin",

@@ -1,8 +1,8 @@
 """What makes Dragon bearable on two cores, and nodes larger than they are: an environment.
 
-The Python part is the product's, ``rhapsody.runtime.small_machine``; ``idlewait.c`` is a library
-to preload, ``sitecustomize`` fakes CPUs and GPUs, and ``bin`` is first on the PATH: these three are
-for tests only.
+The Python part is the product's, ``rhapsody.launch.dragon.idle_patches``; ``idlewait.c`` is a
+library to preload, ``sitecustomize`` fakes CPUs and GPUs, and ``bin`` is first on the PATH: these
+three are for tests only.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-import rhapsody.runtime
+import rhapsody.launch.dragon
 
 from .. import machine
 
@@ -31,7 +31,7 @@ def environment(cpus: int | None = 8, gpus: int | None = None) -> dict[str, str]
         cpus: how many each node says it has; None for as many as there are.
         gpus: how many NVIDIA GPUs each node says it has; None for what there is.
     """
-    product = Path(rhapsody.runtime.__file__).parent / "_small"
+    product = Path(rhapsody.launch.dragon.__file__).parent / "_sitecustomize"
     variables = {
         "PYTHONPATH": os.pathsep.join(map(str, (product, _HERE, _TESTS))),
         "LD_PRELOAD": str(idlewait()),

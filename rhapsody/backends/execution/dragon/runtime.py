@@ -1,0 +1,277 @@
+"""The Dragon runtime: the one that this process is part of, or one of its own on this node.
+
+Dragon has a public way to start a runtime for a program that has none,
+`dragon.workflows.runtime.start_local_runtime`. It prints the runtime's access token, leaves the
+runtime in this process's group and behind when this process is killed. So the same command is
+started here, in a group of its own that our warden guards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from rhapsody.backends.discovery import install_hint
+from rhapsody.launch.dragon.command import check_shared_memory, find_launcher, path_for
+from rhapsody.launch.dragon.pmix import with_pmix
+from rhapsody.launch.dragon.shared_memory import Segments
+from rhapsody.runtime.errors import BackendError, ResourceError
+from rhapsody.runtime.local.children import Children
+
+__all__ = ["Runtime", "meet_local_services", "on_thread"]
+
+_T = TypeVar("_T")
+
+# Releases of dragonhpc that were read and tried for what this room does.
+_TRIED = ("0.15.",)
+_START = 60.0  # seconds for a runtime to come up: 2 to 5 s on an idle machine
+_STOP = 15.0  # seconds for it to go: 0.7 s on an idle machine
+_MEETINGS = 1000  # attempts to meet the local services: as many freed locks may lie about
+_meeting = threading.Lock()
+# What a process of another runtime has in its environment, and a new one must not have.
+_FOREIGN = ("DRAGON_RT_UID", "DRAGON_FE_EXTERNAL_IP_ADDR", "DRAGON_HEAD_NODE_IP_ADDR")
+
+
+async def on_thread(function: Callable[..., _T], *args: Any, timeout: float) -> _T:
+    """Call what may block for good on a thread of its own, which is given up after `timeout`.
+
+    A daemon: one that never returns must not keep the program from ending.
+
+    Raises:
+        asyncio.TimeoutError: it has not returned.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[_T] = loop.create_future()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if future.done():
+            return
+        if error is not None:
+            future.set_exception(error)
+        else:
+            future.set_result(value)
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = function(*args)
+        except BaseException as raised:  # it is its caller's
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the loop is closed: it was given up
+            loop.call_soon_threadsafe(settle, value, error)
+
+    threading.Thread(target=run, daemon=True, name=f"dragon-{function.__name__}").start()
+    return await asyncio.wait_for(future, timeout)
+
+
+class Runtime:
+    """Access to a Dragon runtime, for the life of a backend.
+
+    Args:
+        name: of the backend, for errors.
+        num_nodes: how many nodes the backend wants; None for what there is.
+    """
+
+    def __init__(self, name: str, num_nodes: int | None) -> None:
+        self.name = name
+        self._num_nodes = num_nodes
+        self._handle: Any = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._children: Children | None = None
+        self._segments: Segments | None = None
+        self._libraries: str | None = None  # a folder that the runtime takes libraries from
+
+    @property
+    def own(self) -> bool:
+        """Whether the runtime was started here."""
+        return self._process is not None
+
+    async def open(self) -> None:
+        """Find or start the runtime.
+
+        Raises:
+            BackendError: Dragon is not there, or there is no runtime and none can be started.
+        """
+        self._check_release()
+        if await on_thread(_in_dragon, timeout=_START):
+            await on_thread(meet_local_services, timeout=_START)
+            return
+        if self._num_nodes not in (None, 1):
+            raise BackendError(
+                f"backend '{self.name}' asks for {self._num_nodes} nodes, and this program was not"
+                f" started under Dragon; start it with: rhapsody launch --dragon --nodes"
+                f" {self._num_nodes} {sys.argv[0]}",
+                backend=self.name,
+            )
+        try:
+            check_shared_memory()  # with too little of it Dragon's launcher hangs
+        except ResourceError as error:
+            raise BackendError(
+                f"backend '{self.name}' cannot start Dragon: {error}", backend=self.name
+            ) from error
+        await self._start()
+
+    def _check_release(self) -> None:
+        hint = install_hint("dragon_v3")
+        running = sys.version_info[:2]
+        if running < (3, 11):
+            raise BackendError(
+                f"backend '{self.name}' needs Python 3.11 or later, for Dragon; this is"
+                f" {running[0]}.{running[1]}",
+                backend=self.name,
+            )
+        try:
+            release = importlib.metadata.version("dragonhpc")
+            importlib.import_module("dragon.workflows.batch.batch")
+        except ImportError as error:  # PackageNotFoundError is one
+            raise BackendError(
+                f"backend '{self.name}' needs Dragon, which is not installed, or not whole"
+                f" ({error}): {hint}",
+                backend=self.name,
+            ) from error
+        if not release.startswith(_TRIED):
+            raise BackendError(
+                f"backend '{self.name}' needs dragonhpc {' or '.join(t + 'x' for t in _TRIED)},"
+                f" and {release} is installed: {hint}",
+                backend=self.name,
+            )
+
+    async def _start(self) -> None:
+        self._children = Children(lambda events: None)
+        self._segments = Segments()
+        dragon = find_launcher(os.environ) or "dragon"
+        runtime: Any = importlib.import_module("dragon.workflows.runtime")
+        # The program that keeps a runtime up until it is told to stop; private, in 0.15.0.
+        head = runtime._HEAD_SCRIPT
+        environ = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+        environ["PATH"] = path_for(dragon, environ)
+        self._process = await asyncio.create_subprocess_exec(
+            *(dragon, "-s", "-a", head),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            env=with_pmix(environ, self._folder_of_libraries),
+            limit=1 << 20,
+            # Ctrl-C is ours to answer; in a session of its own it hangs.
+            process_group=0,  # type: ignore[call-arg]  # since 3.11, as Dragon
+        )
+        self._children.guard(self._process.pid)
+        try:
+            info = await asyncio.wait_for(self._told(runtime.RUNTIME_INFO_PREFIX), _START)
+            await on_thread(self._attach, runtime, info, timeout=_START)
+        except BaseException as error:
+            await self.close()
+            if isinstance(error, asyncio.TimeoutError):
+                raise BackendError(
+                    f"the Dragon runtime of backend '{self.name}' did not come up within"
+                    f" {_START:g} s",
+                    backend=self.name,
+                    transient=True,
+                ) from None
+            raise
+
+    def _folder_of_libraries(self) -> str:
+        self._libraries = tempfile.mkdtemp(prefix="rhapsody-libraries-")
+        return self._libraries
+
+    async def _told(self, prefix: str) -> dict[str, Any]:
+        """Read on until the runtime says how it is reached, and throw away what it says then."""
+        process = self._process
+        assert process is not None
+        assert process.stdout is not None
+        while line := await process.stdout.readline():
+            _, found, said = line.decode(errors="replace").partition(prefix)
+            if found:
+                self._reader = asyncio.create_task(_throw_away(process.stdout))
+                return dict(json.loads(said))
+        raise BackendError(
+            f"the Dragon runtime of backend '{self.name}' ended before it was up, with exit code"
+            f" {await process.wait()}; what it said is on stderr",
+            backend=self.name,
+        )
+
+    def _attach(self, runtime: Any, info: dict[str, Any]) -> None:
+        messages: Any = importlib.import_module("dragon.infrastructure.messages")
+        described = messages.AttachableRuntimeDescr.from_sdict({**info, "tag": 0})
+        handle = runtime.LocalRuntime(None, described, info.get("auth_token"))
+        runtime.attach(timeout=_START, runtime=handle)
+        self._handle = handle
+        meet_local_services()
+
+    async def close(self) -> None:
+        """Stop a runtime that was started here; what does not go is killed."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        try:
+            if self._handle is not None:
+                await on_thread(self._handle.stop, timeout=_STOP)
+                await asyncio.wait_for(process.wait(), _STOP)
+        except asyncio.TimeoutError:
+            pass
+        finally:
+            await self._end(process)
+
+    async def _end(self, process: asyncio.subprocess.Process) -> None:
+        """Kill what is left of the runtime's processes, with their files in shared memory."""
+        if process.returncode is None:
+            await asyncio.to_thread(self._kill, process.pid)
+            await process.wait()
+            if self._segments is not None:
+                self._segments.remove()
+        if self._libraries is not None:
+            shutil.rmtree(self._libraries, ignore_errors=True)
+        if self._reader is not None:
+            self._reader.cancel()
+        if self._children is not None:
+            self._children.unguard(process.pid)
+            await self._children.close()
+
+    def _kill(self, root: int) -> None:
+        from rhapsody.runtime.local.warden import __main__ as warden
+
+        members = warden.hold(lambda table: {root, *warden.descendants([root], table)})
+        if self._segments is not None:
+            self._segments.look(members)
+        for pid in members:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def meet_local_services() -> None:
+    """Let this process ask Dragon's local services for the first time, on one thread.
+
+    libdragon (0.15.0) makes the lock for that when it is first needed: in memory just taken from
+    malloc, which it refuses as a lock in use if a lock lay there before, as it does after what
+    Dragon has freed; and two threads may both make it. Where a Batch is the first who asks, it
+    fails. A second attempt gets other memory.
+    """
+    channels: Any = importlib.import_module("dragon.channels")
+    with _meeting:
+        for left in reversed(range(_MEETINGS)):
+            try:
+                channels.Channel.make_process_local().destroy_process_local()
+                return
+            except channels.ChannelError as error:
+                if "LOCK_ALREADY_INITD" not in str(error) or not left:
+                    raise
+
+
+def _in_dragon() -> bool:
+    return bool(importlib.import_module("dragon").in_dragon())
+
+
+async def _throw_away(stream: asyncio.StreamReader) -> None:
+    while await stream.read(1 << 16):
+        pass

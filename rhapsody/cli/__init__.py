@@ -1,0 +1,193 @@
+"""The command ``rhapsody``: run or launch a workflow, list the backends, examine the machine.
+
+Each command's work is in a module of its own and is imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from typing import Any
+
+import click
+
+from rhapsody import __version__
+
+LOG_LEVELS = click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], case_sensitive=False)
+
+EXIT_CODES = """\b
+Exit code:
+  0    the script came to its end (tasks that failed are in the summary;
+       what they mean is the script's to say)
+  n    the script called sys.exit(n)
+  1    an uncaught exception, or a script that does not compile
+  2    a wrong use of this command, such as a missing SCRIPT
+  130  Ctrl-C
+"""
+
+LAUNCH_EXIT_CODES = """\b
+Exit code:
+  n    the workflow's own; 128 + n where signal n ended it
+  2    a wrong use of this command, or a machine that has not what it needs
+  130  Ctrl-C; 143 SIGTERM; 129 SIGHUP
+  1    several nodes, and how the workflow ended is not known
+"""
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="rhapsody")
+def main() -> None:
+    """Run functions, executables, MPI jobs and AI inference as tasks of one session."""
+
+
+@main.command("run", context_settings={"allow_interspersed_args": False}, epilog=EXIT_CODES)
+@click.option("--log-level", type=LOG_LEVELS, help="What to log, on stderr. [RHAPSODY_LOG_LEVEL]")
+@click.option(
+    "--work-dir",
+    type=click.Path(file_okay=False, resolve_path=True),
+    help="Where sessions write; made if missing. [RHAPSODY_WORK_DIR]",
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run_command(
+    script: str, arguments: tuple[str, ...], log_level: str | None, work_dir: str | None
+) -> None:
+    """Run the workflow SCRIPT, unchanged, with its ARGUMENTS.
+
+    On a terminal a line per backend shows the progress; at the end a summary is printed. Both
+    go to stderr: stdout is the script's own.
+    """
+    from rhapsody.log import level_of
+
+    from .run import run_workflow
+
+    if log_level is not None:
+        os.environ["RHAPSODY_LOG_LEVEL"] = log_level.upper()
+    try:
+        level_of()
+    except ValueError as error:  # of the environment: click has checked the option
+        raise click.UsageError(str(error)) from None
+    if work_dir is not None:
+        try:
+            os.makedirs(work_dir, exist_ok=True)
+        except OSError as error:
+            raise click.BadParameter(str(error), param_hint="--work-dir") from None
+        os.environ["RHAPSODY_WORK_DIR"] = work_dir
+    sys.exit(run_workflow(script, arguments))
+
+
+@main.command(
+    "launch", context_settings={"allow_interspersed_args": False}, epilog=LAUNCH_EXIT_CODES
+)
+@click.option("--dragon", is_flag=True, help="Under Dragon's runtime.")
+@click.option(
+    "--nodes",
+    type=click.IntRange(1),
+    help="How many nodes; by default all of the allocation or of --hosts, else this machine.",
+)
+@click.option("--hosts", help="Nodes to reach by ssh, as a,b,c, where there is no allocation.")
+@click.option(
+    "--image",
+    type=click.Path(exists=True),
+    help="Inside this Apptainer image, which has rhapsody and Dragon; this machine need not.",
+)
+@click.option("--outside", hidden=True)
+@click.option(
+    "--small-machine",
+    is_flag=True,
+    help="Mend what makes Dragon 0.15 take all of a machine with few cores while it waits.",
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def launch_command(
+    script: str,
+    arguments: tuple[str, ...],
+    dragon: bool,
+    nodes: int | None,
+    hosts: str | None,
+    small_machine: bool,
+    image: str | None,
+    outside: str | None,
+) -> None:
+    """Run the workflow SCRIPT with its ARGUMENTS under a launcher, on one node or several.
+
+    The launcher is watched. Ctrl-C and SIGTERM let the workflow close its sessions (15 s) and then
+    the runtime (10 s); a second one ends all at once. Nothing that was started stays behind.
+    """
+    from .launch import launch
+
+    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine, image, outside))
+
+
+@main.command("backends")
+@as_json
+def backends_command(as_json: bool) -> None:
+    """List the backends: what is installed, what is missing, the line that installs it."""
+    from rhapsody.backends.discovery import discover_backends, install_hint
+
+    from .reports import print_backends
+
+    rows = [
+        {"name": name, "installed": installed, "install": None if installed else install_hint(name)}
+        for name, installed in discover_backends().items()
+    ]
+    if as_json:
+        _print_json(rows)
+    else:
+        print_backends(rows)
+
+
+@main.command("doctor")
+@as_json
+def doctor_command(as_json: bool) -> None:
+    """Examine this machine; the exit code is 1 if there is a problem."""
+    from .doctor import examine, report
+    from .reports import print_findings
+
+    findings = examine()
+    if as_json:
+        _print_json(report(findings))
+    else:
+        print_findings(findings)
+    sys.exit(1 if any(finding.status == "problem" for finding in findings) else 0)
+
+
+def _a_number(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # which is in any range
+        raise click.BadParameter("nan is not a number.")
+    return value
+
+
+@main.command("bench")
+@click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions.")
+@click.option(
+    "--scale",
+    type=click.FloatRange(0.0, 1000.0, min_open=True),  # above, no memory holds the tasks
+    callback=_a_number,
+    default=1.0,
+    show_default=True,
+    help="Multiplies the number of tasks.",
+)
+@as_json
+def bench_command(repeat: int, scale: float, as_json: bool) -> None:
+    """Measure this installation against the raw Python that it stands on."""
+    from .bench import WORKLOADS, measure
+    from .reports import print_measurements, shown_progress
+
+    with shown_progress(len(WORKLOADS)) as advance:
+        measured = []
+        for workload in WORKLOADS:
+            measured.append(measure(workload, repeat=repeat, scale=scale))
+            advance(workload.name)
+    if as_json:
+        _print_json([measurement.as_dict() for measurement in measured])
+    else:
+        print_measurements(measured)
+
+
+def _print_json(value: Any) -> None:
+    click.echo(json.dumps(value, indent=2))

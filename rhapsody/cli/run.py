@@ -1,0 +1,35 @@
+"""``rhapsody run``: logging, the watch over sessions and the live lines around a user's script."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+
+import rhapsody
+from rhapsody.api import session
+
+from .live import LiveBlock
+from .progress import Watch
+from .script import run_script
+
+
+def run_workflow(script: str, arguments: Sequence[str]) -> int:
+    """Run the script and return the process's exit code."""
+    watch = Watch()
+    session.observers.append(watch.observe)
+    with ExitStack() as at_end:
+        at_end.callback(watch.print_summary)
+        at_end.callback(_flush_stdout)
+        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            at_end.enter_context(LiveBlock(watch.live_text))
+        # After the block has wrapped the streams, so that what is logged goes above it.
+        rhapsody.enable_logging()
+        return run_script(script, arguments, at_end.close)
+
+
+def _flush_stdout() -> None:
+    """Put the script's output before the summary where both go to one file."""
+    with suppress(OSError, ValueError):  # a closed pipe or stream: Python reports it at its exit
+        sys.stdout.flush()

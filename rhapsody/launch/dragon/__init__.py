@@ -1,0 +1,1 @@
+"""Dragon's command line, and what its launcher needs around it."""

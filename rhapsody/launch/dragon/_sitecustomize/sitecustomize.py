@@ -1,0 +1,35 @@
+"""Applies ``idle_patches`` in this Python, then runs the ``sitecustomize`` that this one hides."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec, spec_from_file_location
+from types import ModuleType
+
+_HERE = os.path.dirname(os.path.abspath(__file__))
+
+
+def _small_machine() -> ModuleType:
+    """The module, by its path: the package would take longer, in every Python that starts."""
+    path = os.path.join(os.path.dirname(_HERE), "idle_patches.py")
+    spec = spec_from_file_location("rhapsody_small_machine", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _next_sitecustomize() -> None:
+    """Run the module of this name that would have been found without this folder."""
+    folders = [os.path.abspath(folder) for folder in sys.path]
+    after = sys.path[folders.index(_HERE) + 1 :] if _HERE in folders else []
+    spec = PathFinder.find_spec("sitecustomize", after)
+    if spec is not None and spec.loader is not None:
+        spec.loader.exec_module(module_from_spec(spec))
+
+
+_small_machine().install()
+_next_sitecustomize()

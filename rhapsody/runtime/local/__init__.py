@@ -1,0 +1,1 @@
+"""Running functions and programs on this machine: threads, processes, children, the warden."""

@@ -1,0 +1,1 @@
+"""What the machine grants: cores, GPUs, memory, and an MPI launcher."""

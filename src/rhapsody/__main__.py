@@ -1,8 +1,0 @@
-"""``python -m rhapsody``: the same command as ``rhapsody``."""
-
-from __future__ import annotations
-
-from rhapsody.cli import main
-
-if __name__ == "__main__":
-    main(prog_name="python -m rhapsody")
