@@ -7,9 +7,9 @@ from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
+from rhapsody.runtime.arguments import CONTAINERS, map_elements
 from rhapsody.runtime.errors import TaskValidationError
 
-from .places import OPEN, swap
 from .task import BaseTask, ComputeTask
 
 __all__ = ["bind", "find_parents", "hold_no_tasks", "parents_first", "parents_of"]
@@ -18,7 +18,7 @@ _ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
 
 # Of these only the open ones: results need not hash, and two of them may be equal, so that a set of
 # them may be none, or smaller; and how a class of its own is made, is not known.
-_CONTAINERS = (*OPEN, set, frozenset)
+_CONTAINERS = (*CONTAINERS, set, frozenset)
 
 
 def hold_no_tasks(values: Iterable[Any]) -> bool:
@@ -42,7 +42,7 @@ def parents_of(task: BaseTask) -> list[BaseTask]:
             elif isinstance(value, _CONTAINERS):
                 inside = value.values() if isinstance(value, dict) else value
                 found = [inner for inner in inside if isinstance(inner, BaseTask)]
-                if found and type(value) not in OPEN:
+                if found and type(value) not in CONTAINERS:
                     raise TaskValidationError(
                         f"task '{task.uid}': task '{found[0].uid}' is in a {type(value).__name__},"
                         " where its result cannot take its place; use a list, tuple or dict"
@@ -66,7 +66,7 @@ def find_parents(task: BaseTask, known: Mapping[str, BaseTask]) -> None:
         if not isinstance(parent, BaseTask):
             uid = parent.get("uid")
             found = known.get(uid) if isinstance(uid, str) else None
-            if found is None or found._face() is not parent:
+            if found is None or found._submitted_object() is not parent:
                 raise TaskValidationError(
                     f"task '{task.uid}': a dict in after= must have been submitted, and"
                     f" {'the one given was' if uid is None else f'{uid!r} was'} not; submit it"
@@ -83,9 +83,9 @@ def bind(task: BaseTask) -> None:
     """
     if isinstance(task, ComputeTask):
         task._bound = {
-            "args": tuple(swap(value, _result) for value in task.args),
-            "kwargs": {name: swap(value, _result) for name, value in task._kwargs.items()},
-            "arguments": [swap(value, _result) for value in task.get("arguments")],
+            "args": tuple(map_elements(value, _result) for value in task.args),
+            "kwargs": {name: map_elements(value, _result) for name, value in task._kwargs.items()},
+            "arguments": [map_elements(value, _result) for value in task.get("arguments")],
         }
 
 

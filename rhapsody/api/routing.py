@@ -11,7 +11,7 @@ from rhapsody.runtime.errors import ResourceError, RhapsodyError, TaskValidation
 
 from .task import BaseTask
 
-__all__ = ["name_of", "orphan", "refusal", "route", "why_twice"]
+__all__ = ["combine_errors", "duplicate_error", "parent_refused", "route", "task_label"]
 
 
 def route(task: BaseTask, backends: Mapping[str, BaseExecutionBackend]) -> BaseExecutionBackend:
@@ -48,20 +48,20 @@ def route(task: BaseTask, backends: Mapping[str, BaseExecutionBackend]) -> BaseE
     raise kind(f"no backend can run task '{task.uid}': " + "; ".join(map(str, errors)))
 
 
-def name_of(given: Any, place: int) -> str:
+def task_label(given: Any, place: int) -> str:
     """A task's uid, or its place in the batch where it has none."""
     uid = given.get("uid") if isinstance(given, (BaseTask, dict)) else None
     return uid if isinstance(uid, str) and uid else f"task number {place}"
 
 
-def why_twice(task: BaseTask, known: Mapping[str, BaseTask]) -> str:
+def duplicate_error(task: BaseTask, known: Mapping[str, BaseTask]) -> str:
     """Why a task with a known uid, or one that is not new, is refused."""
     if known.get(task.uid) is task or task.state != "NEW":
         return f"task '{task.uid}' was submitted before; make a new task to run it again"
     return f"another task of this session has the uid '{task.uid}'; a uid must be unique"
 
 
-def orphan(task: BaseTask, parent: BaseTask, cause: RhapsodyError | None) -> RhapsodyError:
+def parent_refused(task: BaseTask, parent: BaseTask, cause: RhapsodyError | None) -> RhapsodyError:
     """Why a task is refused for its parent: with the parent's error, or for want of it."""
     words = f"task '{task.uid}' depends on task '{parent.uid}', which "
     if cause is None:
@@ -72,7 +72,7 @@ def orphan(task: BaseTask, parent: BaseTask, cause: RhapsodyError | None) -> Rha
     return kind(f"{words}was refused")
 
 
-def refusal(refused: dict[str, RhapsodyError]) -> RhapsodyError:
+def combine_errors(refused: dict[str, RhapsodyError]) -> RhapsodyError:
     """One error for all tasks that were refused."""
     errors = {uid: str(error) for uid, error in refused.items()}
     first = next(iter(refused.values()))

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any
 
 from rhapsody.backends.base import BaseExecutionBackend
 from rhapsody.runtime.errors import RhapsodyError, SessionError, TaskValidationError
-from rhapsody.runtime.text import said
+from rhapsody.runtime.text import describe_error
 
 from .dependencies import find_parents, hold_no_tasks, parents_of
-from .routing import name_of, refusal, route, why_twice
+from .routing import combine_errors, duplicate_error, route, task_label
 from .task import TERMINAL, BaseTask, ComputeTask, as_task
-from .task_manager import CHUNK, Flow, timeout_of
+from .task_manager import CHUNK, TaskManager, timeout_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -67,9 +67,9 @@ class Session:
         self.uid = f"session.{next(_session_numbers):04d}" if uid is None else _check_uid(uid)
         self.work_dir = Path(work_dir or os.environ.get("RHAPSODY_WORK_DIR") or Path.cwd())
         self._path: Path | None = None
-        self._flow = Flow(self.uid, lambda: str(self.path))
-        self._backends = self._flow.backends
-        self._tasks = self._flow.tasks
+        self._manager = TaskManager(self.uid, lambda: str(self.path))
+        self._backends = self._manager.backends
+        self._tasks = self._manager.tasks
         self._closing: asyncio.Task[None] | None = None
         given: Any = backends  # as authors write it
         if given is not None and (isinstance(given, str) or not isinstance(given, Iterable)):
@@ -97,7 +97,7 @@ class Session:
                 f"session '{self.uid}' has a backend named '{backend.name}' already;"
                 " give one of them another name="
             )
-        self._flow.add(backend)
+        self._manager.add(backend)
 
     @property
     def backends(self) -> dict[str, BaseExecutionBackend]:
@@ -112,7 +112,7 @@ class Session:
     @property
     def dropped_events(self) -> int:
         """How many late and duplicate reports of its backends the session did not believe."""
-        return self._flow.dropped_events
+        return self._manager.dropped_events
 
     @property
     def path(self) -> Path:
@@ -169,7 +169,7 @@ class Session:
             raise SessionError(f"session '{self.uid}' has no backend; give it backends=[...]")
         if isinstance(tasks, (BaseTask, Mapping, str)) or not isinstance(tasks, Iterable):
             raise SessionError(f"submit_tasks takes a list of tasks, not {type(tasks).__name__}")
-        self._flow.enter()
+        self._manager.enter()
         futures: list[asyncio.Future[Any]] = []
         refused: dict[str, RhapsodyError] = {}
         related: list[BaseTask] = []
@@ -180,20 +180,22 @@ class Session:
             while chunk := list(itertools.islice(pending, CHUNK)):
                 groups = self._admit(chunk, futures, related, refused, seen)
                 seen += len(chunk)
-                await self._flow.doors.hand_over(groups, under_way)
+                await self._manager.dispatcher.dispatch(groups, under_way)
                 await asyncio.sleep(0)  # a submit of any size leaves the loop to others in between
                 if self._closing is not None:
                     raise SessionError(f"session '{self.uid}' was closed during a submit")
             if related:
-                await self._flow.relate(related, refused, under_way)
+                await self._manager.relate(related, refused, under_way)
             if under_way:
                 await asyncio.wait(under_way)
         except BaseException:
-            self._flow.settle([(task, "CANCELED", None) for task in related if task.state == "NEW"])
-            await self._flow.doors.take_back(under_way)
+            self._manager.settle(
+                [(task, "CANCELED", None) for task in related if task.state == "NEW"]
+            )
+            await self._manager.dispatcher.take_back(under_way)
             raise
         if refused:
-            raise refusal(refused)
+            raise combine_errors(refused)
         return futures
 
     def _admit(
@@ -235,18 +237,20 @@ class Session:
                 try:
                     task = self._examine(task, groups, related)
                 except RhapsodyError as error:
-                    refused[name_of(task, number)] = error
+                    refused[task_label(task, number)] = error
                     continue
                 except Exception as error:  # a backend's own check, which may be anyone's
-                    name = name_of(task, number)
-                    refused[name] = TaskValidationError(f"task '{name}' is refused: {said(error)}")
+                    name = task_label(task, number)
+                    refused[name] = TaskValidationError(
+                        f"task '{name}' is refused: {describe_error(error)}"
+                    )
                     refused[name].__cause__ = error
                     continue
                 known[task.uid] = task
             task._submitted = now
             task._future = asyncio.Future(loop=loop)
             futures.append(task._future)
-        self._flow.admitted += len(futures) - before
+        self._manager.admitted += len(futures) - before
         return groups
 
     def _examine(
@@ -259,7 +263,7 @@ class Session:
         """
         task = as_task(given)
         if task.uid in self._tasks or task.state != "NEW":
-            raise TaskValidationError(why_twice(task, self._tasks))
+            raise TaskValidationError(duplicate_error(task, self._tasks))
         if task._options is not None:
             find_parents(task, self._tasks)
         backend = route(task, self._backends)
@@ -269,7 +273,7 @@ class Session:
             groups.setdefault(backend.name, []).append(task)
             task.state = "SUBMITTED"
         if task._options is not None and (task.retries or timeout_of(task)):
-            self._flow.record(task).retries = task.retries
+            self._manager.record(task).retries = task.retries
         return task
 
     # ------------------------------------------------------------------ cancel and wait
@@ -284,8 +288,8 @@ class Session:
         """
         found = self._find(task)
         if not found.done():
-            self._flow.enter()
-        return await self._flow.cancel(found)
+            self._manager.enter()
+        return await self._manager.cancel(found)
 
     def _find(self, task: Any) -> BaseTask:
         uid = task.get("uid") if isinstance(task, (BaseTask, dict)) else None
@@ -320,7 +324,7 @@ class Session:
                 continue
             task = self._find(given)
             while task.state not in TERMINAL:
-                self._flow.enter()
+                self._manager.enter()
                 await asyncio.wait((task._waitable(),))
 
     async def as_completed(self, tasks: Tasks) -> AsyncIterator[BaseTask]:
@@ -333,7 +337,7 @@ class Session:
         ended: deque[BaseTask] = deque()
         bell = asyncio.Event()
         if not all(task.done() for task in found):
-            self._flow.enter()
+            self._manager.enter()
 
         def note(task: BaseTask, _: Any = None) -> None:
             if task.done():
@@ -348,7 +352,7 @@ class Session:
             while not ended:
                 bell.clear()
                 await bell.wait()
-            yield ended.popleft()._face()
+            yield ended.popleft()._submitted_object()
 
     async def map(
         self, function: Callable[..., Any], iterable: Iterable[Any], **task_fields: Any
@@ -397,7 +401,7 @@ class Session:
         the same by backend's name, without PENDING; `summary`: `avg_total`, `avg_queue` and
         `avg_execution` of the ended tasks, in seconds.
         """
-        return self._flow.statistics()
+        return self._manager.statistics()
 
     # ------------------------------------------------------------------ close
 
@@ -413,7 +417,7 @@ class Session:
         A second call waits for the first, then does nothing.
         """
         if self._closing is None:
-            self._closing = asyncio.get_running_loop().create_task(self._flow.close())
+            self._closing = asyncio.get_running_loop().create_task(self._manager.close())
         await asyncio.shield(self._closing)
 
 

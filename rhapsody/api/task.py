@@ -17,11 +17,11 @@ import traceback
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, MutableMapping
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar, cast, overload
 
+from rhapsody.runtime.arguments import elements, map_elements
 from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
-from rhapsody.runtime.text import said, text_of
+from rhapsody.runtime.text import describe_error, safe_str
 
-from .places import inside, swap
 from .validation import ARGUMENT, CHECKS, check_inputs, check_prompt, check_uid
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class BaseTask(MutableMapping[str, Any]):
     capture_stdio = _Option(False)
 
     kind: ClassVar[str] = ""
-    _given: ClassVar[tuple[str, ...]] = (
+    _option_fields: ClassVar[tuple[str, ...]] = (
         "resources",
         "retries",
         "timeout",
@@ -177,7 +177,7 @@ class BaseTask(MutableMapping[str, Any]):
         """
         text: str | None = self._result("stdout")
         if text is None and self.state == "DONE" and self.kind == "function":
-            return text_of(self.return_value)
+            return safe_str(self.return_value)
         return text
 
     @stdout.setter
@@ -268,12 +268,12 @@ class BaseTask(MutableMapping[str, Any]):
         if future is None or future.done():
             return
         if self.state == "DONE":
-            future.set_result(self._face())
+            future.set_result(self._submitted_object())
         elif self.state == "CANCELED" or self.exception is None:
             future.cancel()
         elif isinstance(self.exception, (StopIteration, asyncio.CancelledError)):
             # A future cannot carry these: the first is refused, the second means something else.
-            wrapper = RuntimeError(f"task '{self.uid}' raised {said(self.exception)}")
+            wrapper = RuntimeError(f"task '{self.uid}' raised {describe_error(self.exception)}")
             wrapper.__cause__ = self.exception
             future.set_exception(wrapper)
             future.exception()
@@ -284,13 +284,13 @@ class BaseTask(MutableMapping[str, Any]):
             # Seen on the task too, so a future that nobody awaits is not worth a warning.
             future.exception()
 
-    def _face(self) -> Any:
+    def _submitted_object(self) -> Any:
         """What the author submitted: the task, or the plain dict it was made from."""
         return self if self._options is None else self._options.get("_dict", self)
 
     # ------------------------------------------------------------------ the mapping
 
-    _fields: ClassVar[tuple[str, ...]] = ("uid", "backend", *_given, *_outcome)
+    _fields: ClassVar[tuple[str, ...]] = ("uid", "backend", *_option_fields, *_outcome)
     _field_set: ClassVar[frozenset[str]] = frozenset(_fields)
 
     def __getitem__(self, key: str) -> Any:
@@ -363,7 +363,7 @@ class BaseTask(MutableMapping[str, Any]):
 
     def _state(self) -> dict[str, Any]:
         names = ("uid", "backend", "state", "return_value", "exception", "_options", "_results")
-        state = {name: getattr(self, name) for name in (*names, *self._own)}
+        state = {name: getattr(self, name) for name in (*names, *self._constructor_fields)}
         if self._options is not None:
             state["_options"] = {n: v for n, v in self._options.items() if n != "_dict"}
         return state
@@ -380,7 +380,7 @@ class BaseTask(MutableMapping[str, Any]):
 
     # ------------------------------------------------------------------ construction
 
-    _own: ClassVar[tuple[str, ...]] = ()
+    _constructor_fields: ClassVar[tuple[str, ...]] = ()
 
     def _begin(self, uid: str | None, backend: str | None) -> None:
         try:
@@ -393,7 +393,7 @@ class BaseTask(MutableMapping[str, Any]):
 
     def _take_options(self, options: dict[str, Any]) -> None:
         """Check and keep the keyword arguments that are not the plain few."""
-        unknown = [name for name in options if name not in self._given]
+        unknown = [name for name in options if name not in self._option_fields]
         if unknown:
             raise TaskValidationError(f"task '{self.uid}': {_explain(unknown[0], type(self))}")
         for name, value in options.items():
@@ -434,8 +434,8 @@ class ComputeTask(BaseTask):
 
     arguments = _Option[list[Any]]([])
 
-    _given = (*BaseTask._given, "arguments")
-    _own = ("executable", "function", "args", "_kwargs")
+    _option_fields = (*BaseTask._option_fields, "arguments")
+    _constructor_fields = ("executable", "function", "args", "_kwargs")
     _fields = (
         "uid",
         "backend",
@@ -443,7 +443,7 @@ class ComputeTask(BaseTask):
         "function",
         "args",
         "kwargs",
-        *_given,
+        *_option_fields,
         *BaseTask._outcome,
     )
     _field_set = frozenset(_fields)
@@ -561,8 +561,8 @@ class AITask(BaseTask):
     __slots__ = ()
 
     kind = "ai"
-    _given = (
-        *BaseTask._given,
+    _option_fields = (
+        *BaseTask._option_fields,
         "prompt",
         "model",
         "inference_endpoint",
@@ -574,7 +574,7 @@ class AITask(BaseTask):
         "stop_sequences",
     )
 
-    _fields = ("uid", "backend", *_given, *BaseTask._outcome)
+    _fields = ("uid", "backend", *_option_fields, *BaseTask._outcome)
     _field_set = frozenset(_fields)
 
     prompt = _Option[str | list[Any]]("")
@@ -681,9 +681,9 @@ def _flatten(values: Any) -> Any:
         return value._reference() if _is_past(value) else value
 
     def deeper(value: Any) -> Any:
-        return swap(value, flat) if any(map(_is_past, inside(value))) else value
+        return map_elements(value, flat) if any(map(_is_past, elements(value))) else value
 
-    return swap(values, deeper)
+    return map_elements(values, deeper)
 
 
 def _is_past(value: Any) -> bool:

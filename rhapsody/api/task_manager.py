@@ -24,14 +24,14 @@ from rhapsody.runtime.errors import (
     TaskTimeoutError,
     TaskValidationError,
 )
-from rhapsody.runtime.text import said
+from rhapsody.runtime.text import describe_error
 
 from .dependencies import bind, parents_first, parents_of
-from .dispatch import Doors
-from .routing import orphan
+from .dispatch import Dispatcher
+from .routing import parent_refused
 from .task import TERMINAL, BaseTask
 
-__all__ = ["CHUNK", "Flow", "timeout_of"]
+__all__ = ["CHUNK", "TaskManager", "timeout_of"]
 
 logger = logging.getLogger("rhapsody.session")
 
@@ -61,7 +61,7 @@ class _Record:
         self.children: list[BaseTask] = []
 
 
-class Flow:
+class TaskManager:
     """Settles each task of a session exactly once.
 
     Args:
@@ -83,7 +83,7 @@ class Flow:
         self._background: set[asyncio.Task[Any]] = set()
         self._counts: dict[str, Counter[str]] = {}
         self._times = [0.0, 0.0, 0.0]  # seconds, summed: total, queue, execution
-        self.doors = Doors(self)
+        self.dispatcher = Dispatcher(self)
 
     def add(self, backend: BaseExecutionBackend) -> None:
         """Take a backend in, and listen to it."""
@@ -130,13 +130,13 @@ class Flow:
             parents = parents_of(task)
             lost = [p for p in parents if not p.done() and self.tasks.get(p.uid) is not p]
             if lost := lost or [p for p in parents if p.uid in bad]:
-                bad[task.uid] = orphan(
+                bad[task.uid] = parent_refused(
                     task, lost[0], bad.get(lost[0].uid, refused.get(lost[0].uid))
                 )
             elif not task.done():  # the session may have been closed meanwhile
                 self._place(task, parents, groups)
             if not place % CHUNK:
-                await self.doors.hand_over(groups, under_way)
+                await self.dispatcher.dispatch(groups, under_way)
                 groups = {}
                 await asyncio.sleep(0)
         for uid in bad:
@@ -145,7 +145,7 @@ class Flow:
             self._records.pop(uid, None)
         self.admitted -= len(bad)
         refused.update(bad)
-        await self.doors.hand_over(groups, under_way)
+        await self.dispatcher.dispatch(groups, under_way)
 
     def _place(
         self, task: BaseTask, parents: list[BaseTask], groups: dict[str, list[BaseTask]]
@@ -186,7 +186,7 @@ class Flow:
                 bind(task)
         except Exception as why:  # an author's containers; what else waits must not wait for ever
             error = TaskValidationError(
-                f"task '{task.uid}': its parents' results cannot take their places: {said(why)}"
+                f"task '{task.uid}': its parents' results cannot take their places: {describe_error(why)}"
             )
             error.__cause__ = why
         if error is not None:
@@ -211,7 +211,7 @@ class Flow:
             if not task.done():
                 task.state = "SUBMITTED" if task.state == "WAITING" else task.state
                 groups.setdefault(task.backend or "", []).append(task)
-        await self.doors.hand_over(groups, [])
+        await self.dispatcher.dispatch(groups, [])
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Do something in the background; `close` waits for it."""
@@ -327,7 +327,7 @@ class Flow:
         if not task.done():
             task.exception = BackendError(
                 f"the report of backend '{task.backend}' on task '{task.uid}' cannot be taken in:"
-                f" {said(why)}",
+                f" {describe_error(why)}",
                 backend=task.backend,
             )
             task.exception.__cause__ = why
@@ -342,7 +342,7 @@ class Flow:
 
     def _tell(self, task: BaseTask) -> None:
         """Settle the future, and give a plain dict what its task has."""
-        source = task._face()
+        source = task._submitted_object()
         if source is not task:
             for name in ("backend", *task._outcome):
                 source[name] = task[name]

@@ -16,9 +16,9 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from rhapsody.runtime.arguments import command_of, inputs_of
+from rhapsody.runtime.arguments import Task, command_of, inputs_of, kind_of
 from rhapsody.runtime.errors import BackendError, TaskValidationError
-from rhapsody.runtime.text import text_of
+from rhapsody.runtime.text import safe_str
 
 from .constants import BackendMainStates, StateMapper
 
@@ -29,8 +29,6 @@ __all__ = ["BaseBackend", "BaseExecutionBackend", "Event", "Task", "kind_of"]
 
 logger = logging.getLogger(__name__)
 
-# A task as a backend sees it: an object of rhapsody.api, or the plain dict of another framework.
-Task = Any
 # (task or its uid, state, result fields); in the queue also (list of tasks, state, None).
 # Times in the fields, `started` and `ended`, are seconds
 # of time.monotonic() in this process.
@@ -40,16 +38,6 @@ _TERMINAL = StateMapper.terminal_states
 # Events taken per turn of the loop: a turn of about 2 ms, so that a burst of any size leaves the
 # loop free for others in between.
 _BURST = 1024
-
-
-def kind_of(task: Task) -> str:
-    """Return `"function"`, `"executable"` or `"ai"`."""
-    kind = getattr(task, "kind", None)
-    if isinstance(kind, str):
-        return kind
-    if task.get("function") is not None:
-        return "function"
-    return "ai" if task.get("prompt") else "executable"
 
 
 class BaseExecutionBackend:
@@ -488,7 +476,7 @@ def _write(task: Task, state: str, fields: Mapping[str, Any]) -> None:
         if kind_of(task) == "function":
             results["exit_code"] = 0 if state == "DONE" else 1
             if state == "DONE":
-                results["stdout"] = text_of(results.get("return_value"))
+                results["stdout"] = safe_str(results.get("return_value"))
         results = {**dict.fromkeys(_RESULTS), **results}
     task.update(results)
     task["state"] = state

@@ -27,7 +27,7 @@ from rhapsody.launch.dragon.command import check_shared_memory as check_dragons_
 from rhapsody.launch.dragon.pmix import can_load_pmix, find_pmix, pmix_of_openmpi
 from rhapsody.launch.dragon.shared_memory import SHARED_MEMORY, free_bytes
 from rhapsody.runtime.errors import ResourceError
-from rhapsody.runtime.machine import hardware as machine
+from rhapsody.runtime.machine import hardware
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -105,8 +105,8 @@ def check_python() -> Finding:
 
 def check_cores(environ: Mapping[str, str] = os.environ, root: str = "/") -> Finding:
     """How many cores are granted, and by whom."""
-    granted = machine.granted_cores(root=root, environ=environ)
-    limits = machine.core_limits(root=root, environ=environ)
+    granted = hardware.granted_cores(root=root, environ=environ)
+    limits = hardware.core_limits(root=root, environ=environ)
     smallest = min(limits.values())
     deciders = [name for name, count in limits.items() if count == smallest]
     reasons = {
@@ -131,8 +131,8 @@ def check_cores(environ: Mapping[str, str] = os.environ, root: str = "/") -> Fin
 
 def check_gpus(environ: Mapping[str, str] = os.environ, root: str = "/") -> Finding:
     """Which GPUs tasks can be given."""
-    gpus = machine.visible_gpus(root=root, environ=environ)
-    present = machine.visible_gpus(root=root, environ={})
+    gpus = hardware.visible_gpus(root=root, environ=environ)
+    present = hardware.visible_gpus(root=root, environ={})
     data = {"visible": list(gpus), "present": len(present)}
     if gpus:
         return Finding("gpus", "ok", f"{len(gpus)}: {', '.join(gpus)}", data=data)
@@ -149,13 +149,13 @@ def check_gpus(environ: Mapping[str, str] = os.environ, root: str = "/") -> Find
 
 def check_memory() -> Finding:
     """How much memory the control group or the machine grants."""
-    total = machine.total_memory()
+    total = hardware.total_memory()
     return Finding("memory", "ok", _size(total), data={"bytes": total})
 
 
 def check_shared_memory(path: str | Path = "/dev/shm") -> Finding:  # noqa: S108 - only read
     """Whether engines that share memory between processes will start."""
-    found = machine.shared_memory(path)
+    found = hardware.shared_memory(path)
     remedy = (
         "in Docker: `--shm-size=8g` or `--ipc=host`; in Apptainer: `--bind /dev/shm`; "
         "elsewhere: `mount -o remount,size=8g /dev/shm` (root)"
@@ -176,7 +176,7 @@ def check_shared_memory(path: str | Path = "/dev/shm") -> Finding:  # noqa: S108
 def check_open_files() -> Finding:
     """Whether there are file descriptors for as many executables as there are cores."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = max(OPEN_FILES_WANTED, OPEN_FILES_PER_CORE * len(machine.granted_cores()))
+    wanted = max(OPEN_FILES_WANTED, OPEN_FILES_PER_CORE * len(hardware.granted_cores()))
     data = {"soft": soft, "hard": hard, "wanted": wanted}
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return Finding("open files", "ok", _limit(soft), data=data)
@@ -231,7 +231,7 @@ def check_ports() -> Finding:
 
 def check_mpi(environ: Mapping[str, str] = os.environ) -> Finding:
     """Which ``mpiexec`` tasks of several ranks would be started with."""
-    path = machine.find_mpiexec(environ.get("PATH", os.defpath))
+    path = hardware.find_mpiexec(environ.get("PATH", os.defpath))
     if path is None:
         remedy = (
             "`pip install 'mpich<5'`, `conda install -c conda-forge mpich` or `spack install mpich`"
@@ -329,9 +329,9 @@ def _inside_dragon(version: str, data: dict[str, Any]) -> Finding:
 
     def ask() -> None:
         try:
-            from rhapsody.backends.execution.dragon import topology as _dragon_topology
+            from rhapsody.backends.execution.dragon import topology
 
-            answer.put(_dragon_topology.topology())
+            answer.put(topology.topology())
         except Exception as error:  # Dragon's own, of any class; it is told
             answer.put(error)
 

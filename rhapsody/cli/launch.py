@@ -11,7 +11,7 @@ import click
 
 from rhapsody.backends.discovery import install_hint
 from rhapsody.launch.apptainer import Image, find_runner, run_inside
-from rhapsody.launch.dragon import command as dragon_line
+from rhapsody.launch.dragon import command as dragon_command
 from rhapsody.launch.supervisor import Job, supervise
 from rhapsody.runtime.errors import ResourceError
 
@@ -19,7 +19,7 @@ from rhapsody.runtime.errors import ResourceError
 _OVERRIDES = ("DRAGON_SINGLE_NODE_OVERRIDE", "DRAGON_MULTI_NODE_OVERRIDE")
 
 
-class Refusal(click.ClickException):
+class LaunchError(click.ClickException):
     """A launch that cannot be; one line, and the exit code of a wrong use."""
 
     exit_code = 2
@@ -40,13 +40,13 @@ def launch(
     `outside` is for the process that an image's launch runs inside.
 
     Raises:
-        Refusal: it cannot be started as asked; the message says what was found and what helps.
+        LaunchError: it cannot be started as asked; the message says what was found and what helps.
     """
     if image is not None:
         options = ["--dragon", *_options(nodes, hosts, small_machine)]
         return _launch_inside(image, options, script, arguments)
     if not dragon:
-        raise Refusal(
+        raise LaunchError(
             "no launcher is named, and Dragon is the one there is: rhapsody launch --dragon "
             f"{script} (without a launcher: rhapsody run {script})"
         )
@@ -54,11 +54,11 @@ def launch(
     program = _program(environ, inside=outside is not None)
     names = [name.strip() for name in hosts.split(",")] if hosts is not None else []
     try:
-        line = dragon_line.line_for(program, nodes, names, environ)
-        dragon_line.check_shared_memory()
+        line = dragon_command.line_for(program, nodes, names, environ)
+        dragon_command.check_shared_memory()
     except (ResourceError, ValueError) as error:
-        raise Refusal(str(error)) from None
-    environ["PATH"] = dragon_line.path_for(program, environ)
+        raise LaunchError(str(error)) from None
+    environ["PATH"] = dragon_command.path_for(program, environ)
     if small_machine:
         _put_first(environ, "PYTHONPATH", _small_machine())
     several = "--wlm" in line.words
@@ -80,21 +80,21 @@ def _launch_inside(path: str, options: Sequence[str], script: str, arguments: Se
         image = Image(find_runner(os.environ), os.path.abspath(path), folders)
         return run_inside(image, [*options, "--", script, *arguments], os.environ)
     except ResourceError as error:
-        raise Refusal(str(error)) from None
+        raise LaunchError(str(error)) from None
 
 
 def _program(environ: dict[str, str], *, inside: bool) -> str:
-    program = dragon_line.find_launcher(environ)
+    program = dragon_command.find_launcher(environ)
     if program is None or importlib.util.find_spec("dragon") is None:
         image = os.environ.get("APPTAINER_CONTAINER") or os.environ.get("SINGULARITY_CONTAINER")
         if inside:
-            raise Refusal(
+            raise LaunchError(
                 f"{image} has no Dragon for its {sys.executable}; take an image that was made with "
                 "rhapsody-py[dragon]"
             )
         hint = install_hint("dragon") or "pip install 'rhapsody-py[dragon]'"
         version = ".".join(map(str, sys.version_info[:2]))
-        raise Refusal(
+        raise LaunchError(
             f"Dragon is not installed for {sys.executable} (Python {version}; it has wheels for "
             f"3.11 to 3.13): {hint}"
         )
@@ -107,20 +107,20 @@ def _shared_folder() -> str:
     try:
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
-        raise Refusal(f"cannot make RHAPSODY_WORK_DIR: {error}") from None
+        raise LaunchError(f"cannot make RHAPSODY_WORK_DIR: {error}") from None
     return folder
 
 
 def _small_machine() -> str:
     """Say that it is on, and return the folder whose sitecustomize does it."""
-    from rhapsody.launch.dragon import idle_patches as small_machine
+    from rhapsody.launch.dragon import idle_patches
 
-    version = small_machine.VERSION
+    version = idle_patches.VERSION
     click.echo(
         f"rhapsody: --small-machine: Dragon {version}, changed to sleep where it waits",
         err=True,
     )
-    return os.path.join(os.path.dirname(small_machine.__file__), "_sitecustomize")
+    return os.path.join(os.path.dirname(idle_patches.__file__), "_sitecustomize")
 
 
 def _put_first(environ: dict[str, str], name: str, folder: str) -> None:

@@ -30,7 +30,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from rhapsody.runtime.errors import ResourceError
-from rhapsody.runtime.local import descendants as offspring
+from rhapsody.runtime.local import descendants
 
 from . import workflow_runner as head
 from .host_shim import PROGRAMS, command_of_dragon
@@ -146,7 +146,7 @@ def run_inside(image: Image, arguments: Sequence[str], environ: Mapping[str, str
     slots = environ.get("PBS_NODEFILE")  # on this node only
     here = image if slots is None else image._replace(binds=[*image.binds, slots])
     line = here.line(words)
-    offspring.adopt()
+    descendants.adopt()
     sys.stdout.flush()
     sys.stderr.flush()
     with socket.socket(socket.AF_UNIX) as listener:
@@ -209,9 +209,9 @@ class _Outside:
     def await_the_others(self) -> None:
         """Let what has lost the runner end in its own way, and serve it so long."""
         deadline = time.monotonic() + _LEFT_SECONDS
-        while offspring.pids() and (left := deadline - time.monotonic()) > 0:
+        while descendants.pids() and (left := deadline - time.monotonic()) > 0:
             self.turn(left)
-        for pid in offspring.pids():
+        for pid in descendants.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
@@ -233,7 +233,7 @@ class _Outside:
                     os.write(control, bytes([number]))
                 if len(self.signals) > _HEARD_INSIDE and self.status is None:
                     os.kill(self.runner, signal.SIGKILL)
-        for pid, status in offspring.reap():
+        for pid, status in descendants.reap():
             code = os.waitstatus_to_exitcode(status)
             if pid == self.runner:
                 self.status = code

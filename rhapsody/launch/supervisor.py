@@ -24,7 +24,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from rhapsody.runtime.local import descendants as offspring
+from rhapsody.runtime.local import descendants
 from rhapsody.runtime.local.warden import __main__ as warden
 
 from . import workflow_runner as head
@@ -69,7 +69,7 @@ def supervise(job: Job) -> int:
     In an image the process outside gets the signals, and their numbers come by stdin; what comes
     here is the runner's copy.
     """
-    offspring.adopt()
+    descendants.adopt()
     segments = Segments()
     folder = make_folder(job.environ, job.shared_dir if job.several else None, job.outside)
     if job.outside is not None:
@@ -82,7 +82,7 @@ def supervise(job: Job) -> int:
     pid = os.fork()
     if pid == 0:
         os.close(writer)
-        offspring.adopt()  # a fork does not inherit it
+        descendants.adopt()  # a fork does not inherit it
         code = 1
         try:
             code = _Supervisor(job, folder, reader, segments).run()
@@ -241,7 +241,7 @@ class _Supervisor:
         """Reap: the launcher, and orphans of it that came to us."""
         with contextlib.suppress(BlockingIOError):
             os.read(self.children, 4096)
-        for pid, status in offspring.reap():
+        for pid, status in descendants.reap():
             if pid == self.launcher:
                 self.status = os.waitstatus_to_exitcode(status)
                 self.on_launcher_end()
@@ -303,7 +303,7 @@ class _Supervisor:
         """Read what the head has told, and notice its begin and its end."""
         before, self.report = self.report, read_report(self.folder) or self.report
         if self.report.host and not before.host:
-            self.segments.look(offspring.pids())
+            self.segments.look(descendants.pids())
         self.missed = 0 if self.report != before or not self.report.host else self.missed + 1
         if self.report.ended is not None:
             self.on_head_end()
@@ -334,12 +334,12 @@ class _Supervisor:
         self.report = read_report(self.folder) or self.report
         if self.report.ended is not None or self.job.several:  # there Dragon has no such line
             return self.report.ended is not None
-        return self.report.head not in offspring.pids()
+        return self.report.head not in descendants.pids()
 
     def on_head_end(self) -> None:
         if not self.head_gone:
             self.head_gone = True
-            self.segments.look(offspring.pids())
+            self.segments.look(descendants.pids())
             if self.status is None:
                 self.deadline.set(ENDED_SECONDS, self.on_hang)
 
@@ -381,14 +381,14 @@ class _Supervisor:
             with open(os.path.join(self.folder, head.STOP), "wb") as file:
                 file.write(b"!")
             return True
-        if self.report.pid not in offspring.pids():
+        if self.report.pid not in descendants.pids():
             return False
         os.kill(self.report.pid, signal.SIGINT)
         return True
 
     def interrupt(self) -> None:
         """Tell the launcher to end the runtime: by SIGINT to its group, the one way it survives."""
-        self.segments.look(offspring.pids())
+        self.segments.look(descendants.pids())
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.launcher, signal.SIGINT)
         self.deadline.set(TOLD_SECONDS, self.kill)
@@ -435,7 +435,7 @@ def _bell_of_children() -> int:
 def _end_all(job: Job, folder: str, segments: Segments) -> None:
     """End all that is below this process; on several nodes also what is not, by their keepers."""
     if job.several:
-        segments.look(offspring.pids())
+        segments.look(descendants.pids())
         # The launcher first: without the folder it would find the real dragon-cleanup. Then what it
         # had here, its overlay agent, comes to us. What is left carries its programs to the nodes,
         # or is one of their keepers, which end what they keep when the folder has gone.
@@ -444,10 +444,10 @@ def _end_all(job: Job, folder: str, segments: Segments) -> None:
             for pid in here:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            offspring.wait_for_end(here, time.monotonic() + NODES_SECONDS)
+            descendants.wait_for_end(here, time.monotonic() + NODES_SECONDS)
         shutil.rmtree(folder, ignore_errors=True)
-        offspring.wait_for_end(offspring.pids(), time.monotonic() + NODES_SECONDS)
-    offspring.end_all(segments)
+        descendants.wait_for_end(descendants.pids(), time.monotonic() + NODES_SECONDS)
+    descendants.end_all(segments)
 
 
 def _children() -> list[int]:

@@ -1,34 +1,74 @@
-"""What a task runs: its arguments with parents' results in place, and its command line."""
+"""What a task runs: its kind, its arguments with parents' results in place, its command line."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from .texts import plain, word_of
+from .text import argument_str, plain_str
 
-__all__ = ["command_of", "inputs_of"]
+__all__ = [
+    "CONTAINERS",
+    "Task",
+    "command_of",
+    "elements",
+    "inputs_of",
+    "kind_of",
+    "map_elements",
+]
+
+# A task as a backend sees it: an object of rhapsody.api, or the plain dict of another framework.
+Task = Any
+
+#: Containers among arguments in which tasks are looked for, one level deep.
+CONTAINERS = (list, tuple, dict)
 
 
-def inputs_of(task: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Return args and kwargs of a function task, the results of its parents among them."""
+def kind_of(task: Task) -> str:
+    """Return `"function"`, `"executable"` or `"ai"`."""
+    kind = getattr(task, "kind", None)
+    if isinstance(kind, str):
+        return kind
+    if task.get("function") is not None:
+        return "function"
+    return "ai" if task.get("prompt") else "executable"
+
+
+def elements(value: Any) -> Iterable[Any]:
+    """Return a container's elements (a dict's values), or the argument itself where it is none."""
+    if type(value) is dict:
+        return value.values()
+    return value if type(value) in CONTAINERS else (value,)
+
+
+def map_elements(value: Any, change: Callable[[Any], Any]) -> Any:
+    """Return an argument with `change` applied to its `elements`."""
+    if type(value) is list or type(value) is tuple:
+        return type(value)(map(change, value))
+    if type(value) is dict:
+        return {name: change(inner) for name, inner in value.items()}
+    return change(value)
+
+
+def inputs_of(task: Task) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """Return args and kwargs of a function task, with its parents' results in place."""
     if isinstance(task, dict):
         return task.get("args") or (), task.get("kwargs") or {}
     bound = task._bound
     return (task.args, task._kwargs) if bound is None else (bound["args"], bound["kwargs"])
 
 
-def command_of(task: Any, *, shell: bool = False) -> list[str]:
-    """Return the command line of an executable task.
+def command_of(task: Task, *, shell: bool = False) -> list[str]:
+    """Return the command line of an executable task, with its parents' results in place.
 
     With `shell` the executable is a command line of its own, which `/bin/sh` reads; arguments are
     quoted, so that only the author's own text is code.
     """
     bound = None if isinstance(task, dict) else task._bound
     arguments = (task.get("arguments") or []) if bound is None else bound["arguments"]
-    words = [word_of(argument) for argument in arguments]
-    program = plain(task["executable"])
+    words = [argument_str(argument) for argument in arguments]
+    program = plain_str(task["executable"])
     if shell:
         return ["/bin/sh", "-c", " ".join([program, *map(shlex.quote, words)])]
     return [program, *words]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .text import said
+from .text import describe_error
 
 __all__ = [
     "BackendError",
@@ -125,7 +125,7 @@ class DependencyError(RhapsodyError):
             before = "it was not run either: "
         canceled = "a task was canceled" if before else "it was canceled"
         root = self.root
-        why = before + (canceled if root is None else said(root))
+        why = before + (canceled if root is None else describe_error(root))
         super().__init__(f"Task '{uid}' was not run, its parent '{parent}' did not succeed ({why})")
         # Not the cause itself: a chain of them would be printed link by link, and pickled so by
         # `tblib`, which Dask installs for all exceptions.

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import TaskValidationError
-from .texts import fault_of_env, plain
+from .text import environment_fault, plain_str
 
 __all__ = ["Resources", "parse_memory", "parse_seconds"]
 
@@ -96,12 +96,12 @@ class Resources:
                 f"Resources.cwd must be the path of a folder, not {self.cwd!r}"
             )
         if self.cwd is not None:
-            object.__setattr__(self, "cwd", plain(self.cwd))
+            object.__setattr__(self, "cwd", plain_str(self.cwd))
         if self.env is not None:
-            if fault := fault_of_env(self.env):
+            if fault := environment_fault(self.env):
                 raise TaskValidationError(f"Resources.{fault}")
             # A copy: what is changed later was not looked at.
-            own = {plain(name): plain(value) for name, value in self.env.items()}
+            own = {plain_str(name): plain_str(value) for name, value in self.env.items()}
             object.__setattr__(self, "env", own)
 
     @property

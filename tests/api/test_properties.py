@@ -164,7 +164,7 @@ class Sessions(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ the model
 
-    def hand_over(self, model: Model) -> None:
+    def dispatch(self, model: Model) -> None:
         """The session gives the task to the engine, which may refuse it."""
         model.attempts += 1
         if self.refusing:
@@ -215,7 +215,7 @@ class Sessions(RuleBasedStateMachine):
             self.refusing = self.refuse_next > 0
             self.refuse_next -= self.refusing
             for model in ready:
-                self.hand_over(model)
+                self.dispatch(model)
         self.refusing = False
 
     again: list[Model] = []  # noqa: RUF012 - replaced, never changed

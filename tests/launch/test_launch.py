@@ -26,7 +26,7 @@ from processes import (
     readable,
     roster_in,
 )
-from rhapsody.launch.dragon import command as dragon_line
+from rhapsody.launch.dragon import command as dragon_command
 from rhapsody.launch.dragon.output import LauncherOutput
 from rhapsody.launch.dragon.shared_memory import Segments
 from rhapsody.runtime.errors import ResourceError
@@ -41,7 +41,7 @@ SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "4"}
 def words(
     nodes: int | None = None, hosts: tuple[str, ...] = (), environ: dict[str, str] | None = None
 ) -> str:
-    line = dragon_line.line_for(DRAGON, nodes, hosts, environ or {})
+    line = dragon_command.line_for(DRAGON, nodes, hosts, environ or {})
     assert line.words[0] == DRAGON
     return " ".join(line.words[1:])
 
@@ -92,7 +92,7 @@ def test_hosts_that_ssh_would_misread_are_refused(hosts: tuple[str, ...]) -> Non
 
 def test_shared_memory_that_is_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"there is none.*4,272 MiB.*--shm-size"):
-        dragon_line.check_shared_memory(str(tmp_path / "none"))
+        dragon_command.check_shared_memory(str(tmp_path / "none"))
 
 
 # ---------------------------------------------------------------------- the command
@@ -531,10 +531,10 @@ def test_dragon_finds_its_programs_beside_the_one_that_is_started(tmp_path: Path
     ours, player = str(tmp_path / "ours"), str(tmp_path / "player")
 
     def path_on(path: str) -> str:
-        return dragon_line.path_for(f"{ours}/dragon", {"PATH": path})
+        return dragon_command.path_for(f"{ours}/dragon", {"PATH": path})
 
     assert path_on("/bin") == f"{ours}:/bin"
     assert path_on("") == ours
     assert path_on(f"{player}:{ours}") == f"{ours}:{player}:{ours}"
     assert path_on(f"/bin:{ours}:{player}") == f"/bin:{ours}:{player}"
-    assert dragon_line.path_for("dragon", {"PATH": "/bin"}) == "/bin"
+    assert dragon_command.path_for("dragon", {"PATH": "/bin"}) == "/bin"

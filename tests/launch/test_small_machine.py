@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import rhapsody.launch.dragon
-from rhapsody.launch.dragon import idle_patches as small_machine
+from rhapsody.launch.dragon import idle_patches
 
 SMALL = Path(rhapsody.launch.dragon.__file__).parent / "_sitecustomize"
 READ = "from dragon.workflows.batch import facts; print(facts.manager_work_queue_poll_timeout)"
@@ -30,7 +30,7 @@ def run(program: str, *path: Path) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_folder_on_the_path_applies_the_patches(tmp_path: Path) -> None:
-    dragon_of_version(f"{small_machine.VERSION}.3", tmp_path)
+    dragon_of_version(f"{idle_patches.VERSION}.3", tmp_path)
     assert run(READ, tmp_path).stdout == "0.05\n"
     assert run(READ, SMALL, tmp_path).stdout == "0.005\n"
 
@@ -51,10 +51,10 @@ def test_a_second_time_is_no_harm() -> None:
     program = """if True:
         import sys
         before = list(sys.meta_path)
-        from rhapsody.launch.dragon import idle_patches as small_machine
-        small_machine.install()
+        from rhapsody.launch.dragon import idle_patches
+        idle_patches.install()
         once = list(sys.meta_path)
-        small_machine.install()
+        idle_patches.install()
         print(len(once) - len(before), sys.meta_path == once)
     """
     assert run(program).stdout == "1 True\n"

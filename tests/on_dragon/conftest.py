@@ -1,4 +1,4 @@
-"""Places and runtimes for the tests of Dragon; the package's docstring says how they are used."""
+"""Nodes and runtimes for the tests of Dragon; the package's docstring says how they are used."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody.backends.execution.dragon.node.worker import Patience
+from rhapsody.backends.execution.dragon.node.worker import GroupJoinPatch
 from rhapsody.backends.execution.dragon.runtime import meet_local_services
 
 from . import raw, small
@@ -148,7 +148,7 @@ def _join_until_it_ends() -> None:
     from dragon.native.process import ProcessTemplate
     from dragon.native.process_group import ProcessGroup
 
-    pickle.loads(pickle.dumps(Patience()))
+    pickle.loads(pickle.dumps(GroupJoinPatch()))
     group = ProcessGroup(ignore_error_on_exit=True)
     group.add_process(1, ProcessTemplate("/bin/sleep", args=("3",)))
     group.init()

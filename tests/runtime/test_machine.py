@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody.runtime.machine import hardware as machine
+from rhapsody.runtime.machine import hardware
 
 V2 = "35 24 0:30 {shown} /sys/fs/cgroup rw,nosuid - cgroup2 cgroup2 rw,nsdelegate\n"
 V1 = "36 24 0:31 {shown} /sys/fs/cgroup/{name} rw - cgroup cgroup rw,{name}\n"
@@ -22,11 +22,11 @@ def write(root: Path, path: str, text: str = "") -> None:
 
 
 def limits(root: Path, environ: dict[str, str] | None = None) -> dict[str, int]:
-    return machine.core_limits(root=root, environ=environ or {})
+    return hardware.core_limits(root=root, environ=environ or {})
 
 
 def test_here_the_granted_cores_are_those_of_the_affinity_mask() -> None:
-    granted = machine.granted_cores(environ={})
+    granted = hardware.granted_cores(environ={})
     assert granted
     assert set(granted) <= os.sched_getaffinity(0)
 
@@ -53,7 +53,7 @@ def test_less_than_one_core_of_quota_is_one_core(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/mountinfo", V2.format(shown="/"))
     write(tmp_path, "sys/fs/cgroup/cpu.max", "20000 100000\n")
     assert limits(tmp_path)["cgroup"] == 1
-    assert len(machine.granted_cores(root=tmp_path, environ={})) == 1
+    assert len(hardware.granted_cores(root=tmp_path, environ={})) == 1
 
 
 def test_a_group_above_may_be_the_one_that_limits(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_slurm(tmp_path: Path, value: str, expected: int | None) -> None:
 
 
 def test_slurm_limits_the_granted_cores(tmp_path: Path) -> None:
-    assert machine.granted_cores(root=tmp_path, environ={"SLURM_CPUS_ON_NODE": "1"}) == (
+    assert hardware.granted_cores(root=tmp_path, environ={"SLURM_CPUS_ON_NODE": "1"}) == (
         min(os.sched_getaffinity(0)),
     )
 
@@ -125,18 +125,18 @@ def test_visible_gpus_of_the_environment(
     tmp_path: Path, environ: dict[str, str], expected: tuple[str, ...]
 ) -> None:
     write(tmp_path, "dev/nvidia0")
-    assert machine.visible_gpus(root=tmp_path, environ=environ) == expected
+    assert hardware.visible_gpus(root=tmp_path, environ=environ) == expected
 
 
 def test_nvidia_device_files(tmp_path: Path) -> None:
     for name in ("nvidia1", "nvidia5", "nvidiactl", "nvidia-uvm", "nvidia-caps/nvidia-cap1"):
         write(tmp_path, f"dev/{name}")
-    assert machine.visible_gpus(root=tmp_path, environ={}) == ("0", "1")
+    assert hardware.visible_gpus(root=tmp_path, environ={}) == ("0", "1")
 
 
 def test_nvidia_driver_without_device_files(tmp_path: Path) -> None:
     write(tmp_path, "proc/driver/nvidia/gpus/0000:01:00.0/information")
-    assert machine.visible_gpus(root=tmp_path, environ={}) == ("0",)
+    assert hardware.visible_gpus(root=tmp_path, environ={}) == ("0",)
 
 
 def test_amd_topology_counts_the_computing_nodes_that_this_process_can_open(
@@ -147,17 +147,17 @@ def test_amd_topology_counts_the_computing_nodes_that_this_process_can_open(
     write(tmp_path, f"{nodes}/1/properties", "simd_count 440\ndrm_render_minor 128\n")
     write(tmp_path, f"{nodes}/2/properties", "simd_count 440\ndrm_render_minor 129\n")
     write(tmp_path, "dev/dri/renderD128")
-    assert machine.visible_gpus(root=tmp_path, environ={}) == ("0",)
+    assert hardware.visible_gpus(root=tmp_path, environ={}) == ("0",)
 
 
 def test_no_gpu(tmp_path: Path) -> None:
-    assert machine.visible_gpus(root=tmp_path, environ={}) == ()
+    assert hardware.visible_gpus(root=tmp_path, environ={}) == ()
 
 
 def test_memory_of_the_whole_machine(tmp_path: Path) -> None:
     physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert machine.total_memory(root=tmp_path) == physical
-    assert 0 < machine.total_memory() <= physical
+    assert hardware.total_memory(root=tmp_path) == physical
+    assert 0 < hardware.total_memory() <= physical
 
 
 def test_memory_limit_v2(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_memory_limit_v2(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/mountinfo", V2.format(shown="/"))
     write(tmp_path, "sys/fs/cgroup/a/b/memory.max", "max\n")
     write(tmp_path, "sys/fs/cgroup/a/memory.max", "1048576\n")
-    assert machine.total_memory(root=tmp_path) == 1 << 20
+    assert hardware.total_memory(root=tmp_path) == 1 << 20
 
 
 def test_memory_limit_v1(tmp_path: Path) -> None:
@@ -173,15 +173,15 @@ def test_memory_limit_v1(tmp_path: Path) -> None:
     write(tmp_path, "proc/self/mountinfo", V1.format(shown="/", name="memory"))
     write(tmp_path, "sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712")
     write(tmp_path, "sys/fs/cgroup/memory/job/memory.limit_in_bytes", "2097152")
-    assert machine.total_memory(root=tmp_path) == 2 << 20
+    assert hardware.total_memory(root=tmp_path) == 2 << 20
 
 
 def test_shared_memory(tmp_path: Path) -> None:
-    found = machine.shared_memory(tmp_path)
+    found = hardware.shared_memory(tmp_path)
     assert found is not None
     total, free = found
     assert 0 <= free <= total
-    assert machine.shared_memory(tmp_path / "none") is None
+    assert hardware.shared_memory(tmp_path / "none") is None
 
 
 def executable(path: Path) -> str:
@@ -194,9 +194,9 @@ def executable(path: Path) -> str:
 def test_mpiexec_beside_this_python_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     on_path = executable(tmp_path / "bin/mpiexec")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv/python"))
-    assert machine.find_mpiexec(str(tmp_path / "bin")) == on_path
+    assert hardware.find_mpiexec(str(tmp_path / "bin")) == on_path
     beside = executable(tmp_path / "venv/mpiexec")
-    assert machine.find_mpiexec(str(tmp_path / "bin")) == beside
+    assert hardware.find_mpiexec(str(tmp_path / "bin")) == beside
 
 
 def test_mpiexec_must_be_a_file_that_can_run(
@@ -206,7 +206,7 @@ def test_mpiexec_must_be_a_file_that_can_run(
     (tmp_path / "a/mpiexec").mkdir(parents=True)
     write(tmp_path, "b/mpiexec")
     search = os.pathsep.join([str(tmp_path / "a"), str(tmp_path / "b")])
-    assert machine.find_mpiexec(search) is None
+    assert hardware.find_mpiexec(search) is None
 
 
 def test_import_is_light() -> None:

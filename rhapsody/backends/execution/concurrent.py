@@ -24,11 +24,11 @@ from rhapsody.runtime.local.calls import Call
 from rhapsody.runtime.local.children import SHORT_OF, Children, Ended, Launch, Started
 from rhapsody.runtime.local.process_pool import ProcessLanes, WorkerSpec
 from rhapsody.runtime.local.thread_pool import ThreadLanes
-from rhapsody.runtime.machine import hardware as machine
+from rhapsody.runtime.machine import hardware
 from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
 from rhapsody.runtime.machine.slots import Grant, Slots
 from rhapsody.runtime.resources import Resources
-from rhapsody.runtime.texts import fault_of_env
+from rhapsody.runtime.text import environment_fault
 
 __all__ = ["ConcurrentExecutionBackend"]
 
@@ -101,8 +101,8 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         self._executor = executor
         self._own_executor: ThreadPoolExecutor | None = None
         self._grace = grace
-        self._cores = machine.granted_cores()
-        self._slots = Slots(self._cores, machine.visible_gpus(), machine.total_memory(), slots)
+        self._cores = hardware.granted_cores()
+        self._slots = Slots(self._cores, hardware.visible_gpus(), hardware.total_memory(), slots)
         self._queue: deque[Task] = deque()  # tasks that wait for a slot
         self._running: dict[int, _Running] = {}  # executables, by the key of their process
         self._line: deque[int] = deque()  # keys of those that wait at the warden
@@ -444,7 +444,7 @@ def _check_options(uid: str, options: Mapping[str, Any]) -> None:
         kinds, words = _OPTIONS[name]
         if value is not None and not isinstance(value, kinds):
             raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    if fault := fault_of_env(options.get("env") or {}):
+    if fault := environment_fault(options.get("env") or {}):
         raise TaskValidationError(f"task '{uid}': {fault}")
 
 

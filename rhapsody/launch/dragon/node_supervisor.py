@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 
-from rhapsody.runtime.local import descendants as offspring
+from rhapsody.runtime.local import descendants
 
 from .shared_memory import Segments
 
@@ -30,7 +30,7 @@ LOST_BEATS = 60  # that may be missed in a row: a network file system may be slo
 def main() -> None:
     """Run the command; ends with its exit code, or 1 when the run ended first."""
     folder, *command = sys.argv[1:]
-    offspring.adopt()
+    descendants.adopt()
     segments = Segments()
     backend = subprocess.Popen(command)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -44,7 +44,7 @@ def main() -> None:
         count = _count(folder) or last
         missed = missed + 1 if count == last else 0
         last = count
-    offspring.end_all(segments)
+    descendants.end_all(segments)
     code = backend.wait()
     os._exit(code if code >= 0 else 1)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from rhapsody.runtime.errors import BackendError
-from rhapsody.runtime.texts import plain
+from rhapsody.runtime.text import plain_str
 
 from .frames import keep_from_forks
 from .warden import __main__ as warden
@@ -144,12 +144,12 @@ class Children:
         request = (
             "wait" if wait else "run",
             key,
-            [plain(word) for word in launch.argv],
-            None if launch.cwd is None else plain(launch.cwd),
-            {plain(k): plain(v) for k, v in launch.env.items()} if launch.env else None,
+            [plain_str(word) for word in launch.argv],
+            None if launch.cwd is None else plain_str(launch.cwd),
+            {plain_str(k): plain_str(v) for k, v in launch.env.items()} if launch.env else None,
             bool(launch.env_replace),
-            b"".join([stdin]) if isinstance(stdin, bytes) else stdin and plain(stdin),
-            [(to_files, plain(launch.stdout_path)), (to_files, plain(launch.stderr_path))],
+            b"".join([stdin]) if isinstance(stdin, bytes) else stdin and plain_str(stdin),
+            [(to_files, plain_str(launch.stdout_path)), (to_files, plain_str(launch.stderr_path))],
             OUTPUT_LIMIT,
             list(launch.cores),
         )

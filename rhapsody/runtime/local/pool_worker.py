@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError
 
 from .calls import is_coroutine
 from .frames import FrameSocket, keep_from_forks
-from .worker_termination import Strays
+from .worker_termination import EscapedDescendants
 
 __all__ = ["main"]
 
@@ -48,7 +48,7 @@ def main(
             initializer(*initargs)
         except BaseException as error:
             wire.receive()
-            wire.send(BROKEN, serial.pack_exception(error))
+            wire.send(BROKEN, serialization.pack_exception(error))
             return
     listener = threading.Thread(target=_listen, args=(wire, lock, messages, calls), daemon=True)
     listener.start()
@@ -79,10 +79,10 @@ def _work(
 ) -> None:
     while (payload := messages.get()) is not None:
         try:
-            bundle = serial.loads(payload, "calls")
+            bundle = serialization.loads(payload, "calls")
         except SerializationError as error:
             with lock:
-                wire.send(UNREADABLE, serial.pack_exception(error))
+                wire.send(UNREADABLE, serialization.pack_exception(error))
             continue
         del payload
         with lock:
@@ -121,7 +121,7 @@ def _listen(
 
 def _end_group() -> None:
     """End whatever runs here, and what it has started."""
-    strays = Strays(os.getpid())
+    strays = EscapedDescendants(os.getpid())
     strays.signal(signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
 
@@ -140,7 +140,7 @@ def _run(call: tuple[Any, ...]) -> tuple[bytes, bytes, float, float]:
         # SystemExit too: it is the function that ends, not the worker.
         trace = error.__traceback__
         error.__traceback__ = trace.tb_next if trace is not None else None
-        kind, data = ERROR, serial.pack_exception(error)
+        kind, data = ERROR, serialization.pack_exception(error)
     return kind, data, started, time.monotonic()
 
 
@@ -148,7 +148,7 @@ def _dump_result(value: Any) -> bytes:
     try:
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except Exception:  # what the plain pickler cannot do, the other one may; else it says why
-        return serial.dumps(value, "result")
+        return serialization.dumps(value, "result")
 
 
 class _around:  # noqa: N801 - it is used as a function

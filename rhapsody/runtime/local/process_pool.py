@@ -25,14 +25,14 @@ from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import BackendError, SerializationError, WorkerLostError
 
 from . import pool_worker as worker
 from .calls import Call, Event, Report
 from .children import Children
 from .frames import Frame, FrameSocket, keep_from_forks
-from .worker_termination import Strays, kill_group, workers
+from .worker_termination import EscapedDescendants, kill_group, workers
 
 __all__ = ["ProcessLanes", "WorkerSpec"]
 
@@ -248,7 +248,7 @@ class _Lane:
     def _serve(self, calls: list[Call]) -> None:
         """Have a bundle run; calls that cannot be pickled fail alone."""
         try:
-            payload = serial.dumps([_message(call) for call in calls], "calls")
+            payload = serialization.dumps([_message(call) for call in calls], "calls")
         except SerializationError as error:
             if len(calls) > 1:
                 self._give_back(calls, alone=True)
@@ -311,17 +311,19 @@ class _Lane:
         state = "FAILED"
         if frame.kind.upper() == worker.RESULT:
             try:
-                fields["return_value"] = serial.loads(frame.data, f"result of task '{call.uid}'")
+                fields["return_value"] = serialization.loads(
+                    frame.data, f"result of task '{call.uid}'"
+                )
                 state = "DONE"
             except SerializationError as error:
                 fields["exception"] = error
         else:
-            fields["exception"] = serial.unpack_exception(frame.data)
+            fields["exception"] = serialization.unpack_exception(frame.data)
         self._finish(call, state, fields, follows=frame.kind.islower())
 
     def _take_trouble(self, frame: Frame) -> None:
         """The worker could not unpickle the bundle, or its initializer raised."""
-        cause = serial.unpack_exception(frame.data)
+        cause = serialization.unpack_exception(frame.data)
         calls, self.bundle = list(self.bundle), deque()
         if frame.kind == worker.BROKEN:
             self._end_worker()
@@ -423,7 +425,7 @@ class _Lane:
         if over() or not ours() or process is None or process.pid is None:
             self._await(over, None)
             return
-        strays = Strays(process.pid)
+        strays = EscapedDescendants(process.pid)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if not over() and ours() and process is self.process:
                 strays.signal(number)
@@ -518,7 +520,7 @@ def _blame(call: Call, error: SerializationError) -> SerializationError:
     parts += [(f"argument {name}=", value) for name, value in call.kwargs.items()]
     for what, value in parts:
         try:
-            serial.dumps(value, f"{what} of task '{call.uid}'")
+            serialization.dumps(value, f"{what} of task '{call.uid}'")
         except SerializationError as blamed:
             return blamed
     return error

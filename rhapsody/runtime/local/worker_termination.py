@@ -12,7 +12,7 @@ from multiprocessing.process import BaseProcess
 
 from .warden import __main__ as warden
 
-__all__ = ["Strays", "kill_group", "workers"]
+__all__ = ["EscapedDescendants", "kill_group", "workers"]
 
 # A worker that nobody has stopped would be waited for at exit; this runs before multiprocessing's.
 workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
@@ -21,7 +21,7 @@ workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 def _kill_workers() -> None:
     for process in list(workers):
         if process.pid is not None and process.is_alive():
-            strays = Strays(process.pid)
+            strays = EscapedDescendants(process.pid)
             kill_group(process.pid, signal.SIGKILL)
             strays.signal(signal.SIGKILL)
 
@@ -38,7 +38,7 @@ def kill_group(pid: int, number: int) -> None:
             os.kill(pid, number)
 
 
-class Strays:
+class EscapedDescendants:
     """The descendants of a process that have left its group; they and it stand still now.
 
     Once it has died they cannot be told from others. They are held by descriptors, because a

@@ -32,8 +32,8 @@ from .connection import DaskEngine, host_of
 from .task import (
     DASK_KEYS,
     PROGRAM_KEYS,
+    DaskTask,
     Ending,
-    Flight,
     check_options,
     descent,
     describe,
@@ -42,9 +42,9 @@ from .task import (
 )
 
 if TYPE_CHECKING:
-    from .packing import Packer
-    from .results import Reader
-    from .submission import Graphs
+    from .packing import TaskSerializer
+    from .results import ResultGatherer
+    from .submission import GraphSubmitter
 
 __all__ = ["DaskExecutionBackend"]
 
@@ -107,8 +107,8 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._plugin = f"rhapsody-{uuid.uuid4().hex[:12]}"
         # By uid, on the loop of the backend; by key, on the loop of the client. A key that is
         # popped is settled by who popped it.
-        self._by_uid: dict[str, Flight] = {}
-        self._flights: dict[str, Flight] = {}
+        self._by_uid: dict[str, DaskTask] = {}
+        self._flights: dict[str, DaskTask] = {}
         self._ended: list[tuple[str, str, float, int]] = []
         self._gathers: set[asyncio.Task[None]] = set()
         self._gathering = 0  # how many of them have not seen that there is no more
@@ -118,11 +118,11 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._seen_offers: dict[str, dict[str, float]] = {}
         self._workers = -1  # how many there are; not known yet
         self._no_workers: asyncio.TimerHandle | None = None
-        self._to_cancel: dict[Flight, asyncio.Future[bool]] = {}
+        self._to_cancel: dict[DaskTask, asyncio.Future[bool]] = {}
         self._stops: set[asyncio.Task[None]] = set()
-        self._packer: Packer | None = None
-        self._graphs: Graphs
-        self._reader: Reader
+        self._packer: TaskSerializer | None = None
+        self._graphs: GraphSubmitter
+        self._reader: ResultGatherer
 
     @property
     def client(self) -> Any:
@@ -134,13 +134,15 @@ class DaskExecutionBackend(BaseExecutionBackend):
     async def _start(self) -> None:
         await self._engine.open()
         # These need Dask, which is there only now.
-        from .packing import Packer
-        from .results import Reader
-        from .submission import Graphs
+        from .packing import TaskSerializer
+        from .results import ResultGatherer
+        from .submission import GraphSubmitter
 
-        self._packer = Packer(self._plugin, self._by_uid, lambda: self.work_dir)
-        self._graphs = Graphs(self.name, self._engine, self._plugin, self._flights, self._settle)
-        self._reader = Reader(self.name, self._engine, lambda: self.work_dir)
+        self._packer = TaskSerializer(self._plugin, self._by_uid, lambda: self.work_dir)
+        self._graphs = GraphSubmitter(
+            self.name, self._engine, self._plugin, self._flights, self._settle
+        )
+        self._reader = ResultGatherer(self.name, self._engine, lambda: self.work_dir)
         try:
             await self._connect()
         except BaseException:
@@ -149,15 +151,15 @@ class DaskExecutionBackend(BaseExecutionBackend):
 
     async def _connect(self) -> None:
         """Put our plugins on the cluster, and listen."""
-        from .scheduler_plugin import Herald
-        from .worker_plugin import Host
+        from .scheduler_plugin import CompletionNotifier
+        from .worker_plugin import TaskTracker
 
         client, call = self._engine.client, self._engine.call
         self._connected = True
         try:
             await call(client.subscribe_topic, self._plugin, self._on_news)
-            await call(client.register_plugin, Host(self._plugin))
-            await call(client.register_plugin, Herald(self._plugin, client.id))
+            await call(client.register_plugin, TaskTracker(self._plugin))
+            await call(client.register_plugin, CompletionNotifier(self._plugin, client.id))
         except Exception as error:
             self._connected = False
             raise BackendError(
@@ -259,7 +261,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         packer = self._packer
         assert packer is not None
         pickled: dict[int, bytes] = {}
-        flights: list[Flight] = []
+        flights: list[DaskTask] = []
         for number, task in enumerate(tasks):
             try:
                 flight = packer.pack(task, pickled)
@@ -300,7 +302,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
 
     # ---------------------------------------------------------------- on the client's loop: submit
 
-    def _launch(self, flights: list[Flight]) -> None:
+    def _launch(self, flights: list[DaskTask]) -> None:
         self._graphs.launch(flights)
         if not self._workers:
             self._arm_no_workers()
@@ -308,7 +310,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     # ------------------------------------------------------------------ on the client's loop: news
 
     def _on_news(self, event: tuple[float, dict[str, Any]]) -> None:
-        """Take what `Herald` and `Host` tell."""
+        """Take what `CompletionNotifier` and `TaskTracker` tell."""
         news = event[1]
         if "running" in news:
             self._on_running(news["running"], news["worker"])
@@ -370,7 +372,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         error = BackendError(message, backend=self.name, host=self._host(), transient=True)
         self._settle([(flight, "FAILED", {"exception": error}) for flight in flights])
 
-    def _on_stuck(self, flight: Flight) -> None:
+    def _on_stuck(self, flight: DaskTask) -> None:
         """No worker may take it: fail it, unless one may yet come."""
         named = flight.options.get("workers")
         if not self._workers or not (flight.wants or named):
@@ -383,7 +385,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         else:
             self._give_up(flight)
 
-    def _give_up(self, flight: Flight) -> None:
+    def _give_up(self, flight: DaskTask) -> None:
         waited = f" within {self._worker_timeout:g} s" if flight.timer is not None else ""
         flight.timer = None
         if self._flights.pop(flight.key, None) is None:
@@ -409,7 +411,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
             self._gathering -= 1
 
     async def _gather_some(self) -> None:
-        flights: list[Flight] = []
+        flights: list[DaskTask] = []
         endings: list[Ending] = []
         news, size = self._take()
         for item in news:
@@ -455,7 +457,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self.deliver_burst([(flight.task, state, fields) for flight, state, fields in endings])
         self._forget([flight for flight, _, _ in endings])
 
-    def _forget(self, flights: list[Flight]) -> None:
+    def _forget(self, flights: list[DaskTask]) -> None:
         """Let go of flights, and so of their results on the cluster.
 
         Until the owner has heard of a parent's end, it may still hand over a child of it.
@@ -491,8 +493,8 @@ class DaskExecutionBackend(BaseExecutionBackend):
         self._stops.add(task)
         task.add_done_callback(self._stops.discard)
 
-    async def _answer(self, asked: dict[Flight, asyncio.Future[bool]]) -> None:
-        stopped: set[Flight] = set()
+    async def _answer(self, asked: dict[DaskTask, asyncio.Future[bool]]) -> None:
+        stopped: set[DaskTask] = set()
         try:
             stopped = await self._stop_flights(list(asked))
         except (OSError, asyncio.TimeoutError) as error:
@@ -502,7 +504,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
                 if not future.done():
                     future.set_result(flight in stopped)
 
-    async def _stop_flights(self, flights: list[Flight]) -> set[Flight]:
+    async def _stop_flights(self, flights: list[DaskTask]) -> set[DaskTask]:
         """Stop calls wherever they are; returns those that are known not to run any more.
 
         Every worker is asked: one that has not started a call will now refuse it, so that none can
@@ -517,11 +519,11 @@ class DaskExecutionBackend(BaseExecutionBackend):
             await self._engine.call(self._resume, flights)
             raise
         stopped = [f for f in flights if words[f.key] <= {"stopped", "absent"}]
-        dropped: set[Flight] = await self._engine.call(self._drop, stopped)
+        dropped: set[DaskTask] = await self._engine.call(self._drop, stopped)
         await self._engine.call(self._resume, [f for f in flights if f not in dropped])
         return dropped
 
-    def _resume(self, flights: list[Flight]) -> None:
+    def _resume(self, flights: list[DaskTask]) -> None:
         """Flights that were not stopped after all: what came of them meanwhile counts."""
         for flight in flights:
             flight.stopping = False
@@ -532,7 +534,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         if self._ended:
             self._start_gather()
 
-    async def _drop(self, stopped: list[Flight]) -> set[Flight]:
+    async def _drop(self, stopped: list[DaskTask]) -> set[DaskTask]:
         """Take stopped calls out of Dask, and their children. On the client's loop."""
         mine = [f for f in stopped if self._flights.pop(f.key, None) is not None]
         if not mine:

@@ -10,12 +10,12 @@ from .connection import DaskEngine
 
 __all__ = ["ANSWER", "tell_to_stop"]
 
-# Seconds for workers to stop calls and answer; `Host.stop` waits for up to 7 of them.
+# Seconds for workers to stop calls and answer; `TaskTracker.stop` waits for up to 7 of them.
 ANSWER = 10.0
 
 
 async def tell_to_stop(engine: DaskEngine, plugin: str, keys: list[str]) -> dict[str, set[str]]:
-    """Tell every worker to stop calls; returns by key what they said, in the words of `Host.stop`.
+    """Tell every worker to stop calls; returns by key what they said, in the words of `TaskTracker.stop`.
 
     A worker that cannot be asked is taken to have said `unknown` of the keys that it was given.
 

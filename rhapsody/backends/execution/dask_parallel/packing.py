@@ -8,19 +8,18 @@ import tempfile
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any
 
-from rhapsody.backends.base import Task, kind_of
-from rhapsody.runtime import serialization as serial
-from rhapsody.runtime.arguments import inputs_of
+from rhapsody.runtime import serialization
+from rhapsody.runtime.arguments import Task, inputs_of, kind_of
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
-from rhapsody.runtime.texts import word_of
+from rhapsody.runtime.text import argument_str
 
 from . import worker_plugin as remote
-from .task import Flight, wanted
+from .task import DaskTask, wanted
 
-__all__ = ["Packer"]
+__all__ = ["TaskSerializer"]
 
 
-class Packer:
+class TaskSerializer:
     """Packs the tasks of one backend.
 
     Args:
@@ -30,7 +29,7 @@ class Packer:
     """
 
     def __init__(
-        self, plugin: str, by_uid: Mapping[str, Flight], work_dir: Callable[[], str]
+        self, plugin: str, by_uid: Mapping[str, DaskTask], work_dir: Callable[[], str]
     ) -> None:
         self._plugin = plugin
         self._by_uid = by_uid
@@ -45,7 +44,7 @@ class Packer:
             os.unlink(self._marker)
             self._marker = ""
 
-    def pack(self, task: Task, pickled: dict[int, bytes]) -> Flight:
+    def pack(self, task: Task, pickled: dict[int, bytes]) -> DaskTask:
         """Pickle a task's call; `pickled` keeps the functions of this burst, by identity.
 
         Raises:
@@ -54,7 +53,7 @@ class Packer:
             TaskValidationError: the key that it asks for is another task's.
         """
         options = task.get("task_backend_specific_kwargs") or {}
-        flight = Flight(task, options)
+        flight = DaskTask(task, options)
         if kind_of(task) == "function":
             self._pack_function(flight, pickled)
         else:
@@ -65,21 +64,21 @@ class Packer:
         flight.wave = 1 + max((parent.wave for parent in flight.parents), default=-1)
         return flight
 
-    def _pack_function(self, flight: Flight, pickled: dict[int, bytes]) -> None:
+    def _pack_function(self, flight: DaskTask, pickled: dict[int, bytes]) -> None:
         function = flight.task["function"]
         name = getattr(function, "__name__", None) or type(function).__name__
         flight.key = self._key(flight, name)
         blob = pickled.get(id(function))
         if blob is None:
-            blob = pickled[id(function)] = serial.dumps(function, "function")
+            blob = pickled[id(function)] = serialization.dumps(function, "function")
         given, named = inputs_of(flight.task)
         args = [self._slots(flight, value) for value in given]
         kwargs = {name: self._slots(flight, value) for name, value in named.items()}
-        arguments = serial.dumps((args, kwargs), "arguments")
+        arguments = serialization.dumps((args, kwargs), "arguments")
         flight.call = remote.Call(self._plugin, flight.key, blob, arguments)
         flight.runner = remote.run_function
 
-    def _pack_program(self, flight: Flight, options: Mapping[str, Any]) -> None:
+    def _pack_program(self, flight: DaskTask, options: Mapping[str, Any]) -> None:
         task = flight.task
         need = task.get("resources")
         name = os.path.basename(os.fspath(task["executable"]))
@@ -103,10 +102,10 @@ class Packer:
             folder=self._work_dir(),
             marker=self._mark(),
         )
-        flight.call = remote.Sealed(serial.dumps(program, "executable"))
+        flight.call = remote.OpaqueBytes(serialization.dumps(program, "executable"))
         flight.runner = remote.run_program
 
-    def _key(self, flight: Flight, name: str) -> str:
+    def _key(self, flight: DaskTask, name: str) -> str:
         """Dask's key of a task; what is before the dash is its name on the dashboard."""
         own = flight.options.get("key")
         if own is None:
@@ -120,9 +119,9 @@ class Packer:
                 )
         return str(own)
 
-    def _word(self, flight: Flight, argument: Any) -> Any:
+    def _word(self, flight: DaskTask, argument: Any) -> Any:
         value = self._slot(flight, argument)
-        return value if isinstance(value, remote.Slot) else word_of(value)
+        return value if isinstance(value, remote.Slot) else argument_str(value)
 
     def _mark(self) -> str:
         """A file in the working folder, by which a worker learns whether it sees that folder."""
@@ -135,7 +134,7 @@ class Packer:
 
     # ------------------------------------------------------------------ dependencies within Dask
 
-    def _slots(self, flight: Flight, value: Any) -> Any:
+    def _slots(self, flight: DaskTask, value: Any) -> Any:
         """Replace parents that are still in flight by places for their results."""
         if type(value) in (list, tuple, set):
             return type(value)(self._slot(flight, inner) for inner in value)
@@ -143,7 +142,7 @@ class Packer:
             return {name: self._slot(flight, inner) for name, inner in value.items()}
         return self._slot(flight, value)
 
-    def _slot(self, flight: Flight, value: Any) -> Any:
+    def _slot(self, flight: DaskTask, value: Any) -> Any:
         """Return a place for a parent's result, or what it has come to meanwhile.
 
         Raises:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import (
     BackendError,
     DependencyError,
@@ -19,15 +19,15 @@ from rhapsody.runtime.errors import (
 
 from . import worker_plugin as remote
 from .connection import DaskEngine, host_of, reachable
-from .task import Ending, Flight
+from .task import DaskTask, Ending
 
-__all__ = ["Reader"]
+__all__ = ["ResultGatherer"]
 
 # From this mean size on results are fetched from their workers, not through the scheduler.
 _DIRECT_BYTES = 1 << 20
 
 
-class Reader:
+class ResultGatherer:
     """Fetches results, and reads ends. On the client's loop.
 
     Args:
@@ -42,7 +42,7 @@ class Reader:
         self._work_dir = work_dir
         self._reachable: dict[str, bool] = {}
 
-    async def results(self, flights: list[Flight], size: int) -> list[Ending]:
+    async def results(self, flights: list[DaskTask], size: int) -> list[Ending]:
         """Fetch the results of keys that are in memory, together about `size` bytes."""
         direct = size / max(1, len(flights)) > _DIRECT_BYTES
         if direct:
@@ -50,7 +50,7 @@ class Reader:
         values = await self._values(flights, direct)
         return [self._outcome(flight, value) for flight, value in values.items()]
 
-    async def _values(self, flights: list[Flight], direct: bool) -> dict[Flight, Any]:
+    async def _values(self, flights: list[DaskTask], direct: bool) -> dict[DaskTask, Any]:
         """Gather results; in place of one that cannot be had stands an `_Unfetched`."""
         if not flights:
             return {}
@@ -70,7 +70,7 @@ class Reader:
                 values[flight] = _Unfetched(None)
         return dict(values)
 
-    async def _can_go_direct(self, flights: list[Flight]) -> bool:
+    async def _can_go_direct(self, flights: list[DaskTask]) -> bool:
         """Whether all workers that hold the results can be reached from here."""
         holders = await self._engine.client.who_has([f.future for f in flights])
         for address in {address for found in holders.values() for address in found}:
@@ -80,7 +80,7 @@ class Reader:
                 return False
         return True
 
-    def _outcome(self, flight: Flight, value: Any) -> Ending:
+    def _outcome(self, flight: DaskTask, value: Any) -> Ending:
         now = time.monotonic()
         times = {"started": now - flight.seconds, "ended": now}
         if isinstance(value, _Unfetched):
@@ -89,7 +89,7 @@ class Reader:
             return flight, "DONE", {**self._printed(flight, value), **times}
         return flight, "DONE", {"return_value": value, **times}
 
-    def _printed(self, flight: Flight, outcome: remote.Outcome) -> dict[str, Any]:
+    def _printed(self, flight: DaskTask, outcome: remote.Outcome) -> dict[str, Any]:
         """The result fields of an executable; files of workers elsewhere are written here."""
         fields: dict[str, Any] = {"exit_code": outcome.exit_code}
         for name in ("stdout", "stderr"):
@@ -102,7 +102,7 @@ class Reader:
             fields[name] = path if flight.captured and path else getattr(outcome, name)
         return fields
 
-    async def failure(self, flight: Flight, word: str) -> Ending:
+    async def failure(self, flight: DaskTask, word: str) -> Ending:
         """Explain how a key ended that has no result."""
         if word == "gone":
             error: BaseException = BackendError(
@@ -117,20 +117,20 @@ class Reader:
         if isinstance(raised, remote.ProgramFailed) and raised.key == flight.key:
             return self._fail(flight, *self._program_error(flight, raised.outcome))
         if isinstance(raised, remote.CallFailed) and raised.key == flight.key:
-            return self._fail(flight, serial.unpack_exception(raised.packed), None)
+            return self._fail(flight, serialization.unpack_exception(raised.packed), None)
         for parent in flight.parents:
             if parent.failure is not None:
                 return self._fail(flight, DependencyError(flight.uid, parent.uid, parent.failure))
         return self._fail(flight, _explain(raised, flight, self.name))
 
     def _fail(
-        self, flight: Flight, error: BaseException, fields: dict[str, Any] | None = None
+        self, flight: DaskTask, error: BaseException, fields: dict[str, Any] | None = None
     ) -> Ending:
         flight.failure = error
         return flight, "FAILED", {**(fields or {}), "exception": error}
 
     def _program_error(
-        self, flight: Flight, outcome: remote.Outcome
+        self, flight: DaskTask, outcome: remote.Outcome
     ) -> tuple[BaseException, dict[str, Any]]:
         fields = self._printed(flight, outcome)
         if outcome.error is not None:
@@ -145,7 +145,7 @@ class _Unfetched:
     def __init__(self, error: Exception | None) -> None:
         self.error = error
 
-    def explain(self, flight: Flight, backend: str) -> BaseException:
+    def explain(self, flight: DaskTask, backend: str) -> BaseException:
         if self.error is None or "cancelled" in type(self.error).__name__.lower():
             return WorkerLostError(
                 f"the result of task '{flight.uid}' was lost with its worker {flight.worker or ''}",
@@ -166,7 +166,7 @@ class _Unfetched:
         return failure
 
 
-def _explain(raised: BaseException, flight: Flight, backend: str) -> BaseException:
+def _explain(raised: BaseException, flight: DaskTask, backend: str) -> BaseException:
     """Say in our terms what Dask says of a key that it gave up."""
     name = type(raised).__name__
     if name == "KilledWorker":

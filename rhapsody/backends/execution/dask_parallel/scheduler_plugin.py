@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 else:
     from distributed.diagnostics.plugin import SchedulerPlugin
 
-__all__ = ["Herald", "unheard", "whereabouts"]
+__all__ = ["CompletionNotifier", "unheard", "whereabouts"]
 
 #: Seconds for which news is held back to go out as one message, per key that is still to end, and
 #: the least and most of it: a stream of short calls costs few messages, and a lone task or a chain,
@@ -28,7 +28,7 @@ CADENCE = (0.0005, 0.002, 0.05)
 _ENDED = ("memory", "erred")
 
 
-class Herald(SchedulerPlugin):
+class CompletionNotifier(SchedulerPlugin):
     """Tells one client how its keys end, and what the cluster has, in bursts.
 
     A burst is an event of the topic `name`: a dict with `ended`, a list of (key, word, seconds,

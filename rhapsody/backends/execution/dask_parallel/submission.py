@@ -1,7 +1,7 @@
 """What Dask is given: a burst of tasks as few graphs, and a watch over each of them.
 
 A graph that the scheduler cannot take (a worker's address that does not resolve, a parent whose
-result is lost) it answers to the client's futures alone: its keys make no transition, and `Herald`
+result is lost) it answers to the client's futures alone: its keys make no transition, and `CompletionNotifier`
 never hears of them. One future per graph is watched for that; all of its keys are answered alike.
 """
 
@@ -15,13 +15,13 @@ from rhapsody.runtime.errors import BackendError, DependencyError
 
 from .connection import DaskEngine
 from .scheduler_plugin import unheard
-from .task import Ending, Flight, descent
+from .task import DaskTask, Ending, descent
 from .worker_plugin import CallFailed, ProgramFailed, Refused
 
-__all__ = ["Graphs"]
+__all__ = ["GraphSubmitter"]
 
 
-class Graphs:
+class GraphSubmitter:
     """Hands flights to Dask. On the client's loop.
 
     Args:
@@ -37,7 +37,7 @@ class Graphs:
         name: str,
         engine: DaskEngine,
         plugin: str,
-        flights: MutableMapping[str, Flight],
+        flights: MutableMapping[str, DaskTask],
         settle: Callable[[list[Ending]], None],
     ) -> None:
         self.name = name
@@ -52,9 +52,9 @@ class Graphs:
         for watch in self._watches:
             watch.cancel()
 
-    def launch(self, flights: Iterable[Flight]) -> None:
+    def launch(self, flights: Iterable[DaskTask]) -> None:
         """Give Dask a burst: one graph for all tasks with the same options."""
-        groups: dict[tuple[Any, ...], list[Flight]] = {}
+        groups: dict[tuple[Any, ...], list[DaskTask]] = {}
         for flight in flights:
             self._flights[flight.key] = flight
             groups.setdefault(flight.group(), []).append(flight)
@@ -69,7 +69,7 @@ class Graphs:
             except Exception as error:  # the client is closed, or refuses these options
                 self._fail(group, error)
 
-    def _send(self, group: list[Flight]) -> None:
+    def _send(self, group: list[DaskTask]) -> None:
         import dask
 
         first = group[0]
@@ -124,7 +124,7 @@ class Graphs:
             return
         self._fail(descent([self._flights[key] for key in unknown if key in self._flights]), error)
 
-    def _fail(self, flights: Iterable[Flight], error: BaseException | None) -> None:
+    def _fail(self, flights: Iterable[DaskTask], error: BaseException | None) -> None:
         """Settle flights, parents first, that Dask has not taken.
 
         Without their futures Dask lets go of what it may have taken of them or their children. (To
@@ -143,7 +143,7 @@ class Graphs:
             endings.append((flight, "FAILED", {"exception": flight.failure}))
         self._settle(endings)
 
-    def _refusal(self, flight: Flight, error: BaseException | None) -> BackendError:
+    def _refusal(self, flight: DaskTask, error: BaseException | None) -> BackendError:
         if error is None:
             return BackendError(
                 f"Dask let go of task '{flight.uid}': a result that it needs was lost, or its key"

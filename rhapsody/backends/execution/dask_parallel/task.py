@@ -8,14 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rhapsody.backends.base import Task, kind_of
+from rhapsody.runtime.arguments import Task, kind_of
 from rhapsody.runtime.errors import TaskValidationError
 
 __all__ = [
     "DASK_KEYS",
     "PROGRAM_KEYS",
+    "DaskTask",
     "Ending",
-    "Flight",
     "check_options",
     "describe",
     "describe_all",
@@ -28,7 +28,7 @@ PROGRAM_KEYS = frozenset({"cwd", "env", "env_replace", "shell", "stdin"})
 DASK_KEYS = frozenset({"resources", "priority", "retries", "workers", "allow_other_workers", "key"})
 
 
-class Flight:
+class DaskTask:
     """What the backend keeps of a task from its submit until its owner has heard of its end."""
 
     __slots__ = (
@@ -46,8 +46,8 @@ class Flight:
         self.future: Any = None
         self.wants: dict[str, float] = {}
         self.captured = False
-        self.parents: list[Flight] = []  # those whose results Dask hands over itself
-        self.children: list[Flight] = []
+        self.parents: list[DaskTask] = []  # those whose results Dask hands over itself
+        self.children: list[DaskTask] = []
         self.wave = 0  # above those of its parents: they are given to Dask first
         self.worker: str | None = None  # the address of the last one that started it
         self.seconds = 0.0  # that it computed
@@ -98,9 +98,9 @@ class Flight:
             self.timer = None
 
 
-def descent(flights: Iterable[Flight]) -> list[Flight]:
+def descent(flights: Iterable[DaskTask]) -> list[DaskTask]:
     """Return these flights and all that depend on them, each once, parents first."""
-    found: dict[Flight, None] = dict.fromkeys(flights)
+    found: dict[DaskTask, None] = dict.fromkeys(flights)
     queue = list(found)
     while queue:
         for child in queue.pop().children:
@@ -111,7 +111,7 @@ def descent(flights: Iterable[Flight]) -> list[Flight]:
 
 
 #: a flight, its terminal state, and the result fields
-Ending = tuple[Flight, str, "dict[str, Any] | None"]
+Ending = tuple[DaskTask, str, "dict[str, Any] | None"]
 
 # ---------------------------------------------------------------------- options
 

@@ -1,6 +1,6 @@
-"""What of the Dask backend runs on the workers: calls, child processes, and the plugin `Host`.
+"""What of the Dask backend runs on the workers: calls, child processes, and the plugin `TaskTracker`.
 
-`Host` knows which of our calls run on its worker, reports their starts, stops them, and owns the
+`TaskTracker` knows which of our calls run on its worker, reports their starts, stops them, and owns the
 child processes. Workers need rhapsody installed, since all of this is pickled by reference; the
 backend imports this module when it starts, because it needs Dask.
 """
@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import cloudpickle
 from distributed import get_worker
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import BackendError, ResourceError, SerializationError
 from rhapsody.runtime.local.children import Children, Ended, Launch, Started
 from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
@@ -78,7 +78,7 @@ class ProgramFailed(Exception):  # noqa: N818 - it only carries the outcome
 
 def _failed(key: str, error: BaseException) -> CallFailed:
     words = f"{type(error).__name__}: {error}"
-    return CallFailed(key, words[:500], serial.pack_exception(error))
+    return CallFailed(key, words[:500], serialization.pack_exception(error))
 
 
 class Call:
@@ -152,7 +152,7 @@ def run_function(call: Call, parents: Sequence[Any] = ()) -> Any:
     try:
         with _host(call.plugin).running(call.key) as run:
             function = _load_function(call.function)
-            args, kwargs = serial.loads(call.arguments, "arguments of the function")
+            args, kwargs = serialization.loads(call.arguments, "arguments of the function")
             if parents:
                 args = [fill(value, parents) for value in args]
                 kwargs = {name: fill(value, parents) for name, value in kwargs.items()}
@@ -233,7 +233,7 @@ class Program(NamedTuple):
     marker: str = ""  # a file there, by which a worker knows that it sees that folder
 
 
-async def run_program(sealed: Sealed, parents: Sequence[Any] = ()) -> Outcome:
+async def run_program(sealed: OpaqueBytes, parents: Sequence[Any] = ()) -> Outcome:
     """Run an executable as a child of this worker's warden and return how it ended.
 
     On the worker's loop: the child has the task's slot, and no thread waits for it.
@@ -242,7 +242,7 @@ async def run_program(sealed: Sealed, parents: Sequence[Any] = ()) -> Outcome:
         ProgramFailed: its exit code is not 0, or it could not be started.
         CallFailed: it could not even be tried.
     """
-    program = cast("Program", serial.loads(sealed.data, "executable"))
+    program = cast("Program", serialization.loads(sealed.data, "executable"))
     host = _host(program.plugin)
     try:
         with host.running(program.key, announce=False) as run:  # its child announces itself
@@ -258,7 +258,7 @@ async def run_program(sealed: Sealed, parents: Sequence[Any] = ()) -> Outcome:
     raise failure
 
 
-class Sealed:
+class OpaqueBytes:
     """Pickled bytes that Dask does not look into."""
 
     __slots__ = ("data",)
@@ -267,7 +267,7 @@ class Sealed:
         self.data = data
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Sealed, (self.data,)
+        return OpaqueBytes, (self.data,)
 
 
 def _shares(program: Program) -> bool:
@@ -320,7 +320,7 @@ def _launch(program: Program, parents: Sequence[Any], scratch: Callable[[], str]
 
 
 class _Run:
-    """A call that runs; what `Host.stop` needs to stop it."""
+    """A call that runs; what `TaskTracker.stop` needs to stop it."""
 
     __slots__ = ("child", "ended", "key", "loop", "task")
 
@@ -346,7 +346,7 @@ class _Running:
 
     __slots__ = ("announce", "host", "run")
 
-    def __init__(self, host: Host, key: str, announce: bool) -> None:
+    def __init__(self, host: TaskTracker, key: str, announce: bool) -> None:
         self.host = host
         self.run = _Run(key)
         self.announce = announce
@@ -359,11 +359,11 @@ class _Running:
         self.host._end(self.run)
 
 
-def _host(name: str) -> Host:
-    return cast("Host", get_worker().plugins[name])
+def _host(name: str) -> TaskTracker:
+    return cast("TaskTracker", get_worker().plugins[name])
 
 
-class Host(WorkerPlugin):
+class TaskTracker(WorkerPlugin):
     """Knows the calls that run on this worker, reports their starts, and stops them."""
 
     def __init__(self, name: str) -> None:
@@ -528,4 +528,4 @@ async def stop_calls(
     name: str, keys: list[str], grace: float, dask_worker: Any = None
 ) -> dict[str, str]:
     """What `Client.run` calls on each worker to stop calls there."""
-    return await cast("Host", dask_worker.plugins[name]).stop(keys, grace)
+    return await cast("TaskTracker", dask_worker.plugins[name]).stop(keys, grace)

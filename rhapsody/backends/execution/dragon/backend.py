@@ -27,11 +27,11 @@ from rhapsody.runtime.errors import (
     WorkerLostError,
 )
 
-from .batch import Crew, Post
-from .node.worker import GRACE, Site
+from .batch import BatchExecutor, NodeAgents
+from .node.worker import GRACE, RunContext
 from .results import RankFiles, job_end, read_end, read_news
 from .runtime import Runtime, on_thread
-from .task import OPTIONS, Flight, Planner, check_options
+from .task import OPTIONS, DragonTask, Planner, check_options
 
 __all__ = ["DragonExecutionBackend", "DragonExecutionBackendV3"]
 
@@ -102,14 +102,14 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         self._batch_kwargs = {**(batch_kwargs or {})}
         self._node_timeout = node_timeout
         self._runtime = Runtime(name, num_nodes)
-        self._post: Post | None = None
-        self._crew: Crew | None = None  # the one that gets new tasks
-        self._crews: dict[int, Crew] = {}
+        self._post: NodeAgents | None = None
+        self._crew: BatchExecutor | None = None  # the one that gets new tasks
+        self._crews: dict[int, BatchExecutor] = {}
         self._numbers = 0
         self._changes: set[asyncio.Task[Any]] = set()  # crews that come and go
-        self._pending: list[Flight] = []  # while there is no crew
-        self._flights: dict[int, Flight] = {}
-        self._by_uid: dict[str, Flight] = {}
+        self._pending: list[DragonTask] = []  # while there is no crew
+        self._flights: dict[int, DragonTask] = {}
+        self._by_uid: dict[str, DragonTask] = {}
         self._empty: asyncio.Event
         self._work: set[asyncio.Task[Any]] = set()
         self._checker: asyncio.TimerHandle | None = None
@@ -141,11 +141,11 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             ) from error
         self._check_beats()
 
-    def _new_post(self) -> Post:
-        return Post(self._from_post)
+    def _new_post(self) -> NodeAgents:
+        return NodeAgents(self._from_post)
 
-    def _new_crew(self, number: int, site: Site) -> Crew:
-        return Crew(number, site, self._from_crew)
+    def _new_crew(self, number: int, site: RunContext) -> BatchExecutor:
+        return BatchExecutor(number, site, self._from_crew)
 
     async def _renew(self) -> None:
         """Make a crew, which gets the tasks from now on."""
@@ -195,7 +195,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         if self._post is not None:
             self._post.close()
 
-    async def _close_crew(self, crew: Crew) -> None:
+    async def _close_crew(self, crew: BatchExecutor) -> None:
         """End a Batch; what it still ran has ended with its workers."""
         self._crews.pop(crew.number, None)
         if self._broken is not None:
@@ -257,7 +257,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         if self._broken is not None:
             raise self._broken
         pickled: dict[int, bytes] = {}
-        flights: list[Flight] = []
+        flights: list[DragonTask] = []
         for task in tasks:
             try:
                 flight = self._planner.plan(task, pickled)
@@ -272,7 +272,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             self._post.busy.set()
             self._hand_over(flights)
 
-    def _hand_over(self, flights: list[Flight]) -> None:
+    def _hand_over(self, flights: list[DragonTask]) -> None:
         if self._crew is None:
             self._pending += flights
             return
@@ -317,7 +317,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 self._try_job(flight)
         self.deliver_burst(burst)
 
-    def _begin(self, flight: Flight, host: str | None) -> None:
+    def _begin(self, flight: DragonTask, host: str | None) -> None:
         if flight.begun:
             return
         flight.begun, flight.host = True, host
@@ -328,7 +328,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             assert self._loop is not None
             flight.timer = self._loop.call_later(timeout, self._spawn, self._time_out, flight)
 
-    def _end(self, flight: Flight, state: str, fields: dict[str, Any]) -> Event | None:
+    def _end(self, flight: DragonTask, state: str, fields: dict[str, Any]) -> Event | None:
         """Take a flight off the lists and return its event; None where it had ended before."""
         if flight.ended:
             return None
@@ -354,16 +354,20 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             self._leave_if_idle(crew)
         return flight.task, state, fields
 
-    def _finish(self, flight: Flight, state: str, fields: dict[str, Any]) -> None:
+    def _finish(self, flight: DragonTask, state: str, fields: dict[str, Any]) -> None:
         if (event := self._end(flight, state, fields)) is not None:
             self.deliver_burst([event])
 
     # ------------------------------------------------------------------ news from a crew
 
-    def _from_crew(self, crew: Crew, flight: Flight | None, word: str, value: Any) -> None:
+    def _from_crew(
+        self, crew: BatchExecutor, flight: DragonTask | None, word: str, value: Any
+    ) -> None:
         self._on_loop(self._on_crew, crew, flight, word, value)
 
-    def _on_crew(self, crew: Crew, flight: Flight | None, word: str, value: Any) -> None:
+    def _on_crew(
+        self, crew: BatchExecutor, flight: DragonTask | None, word: str, value: Any
+    ) -> None:
         if flight is None:
             self._on_broken(crew, value)
         elif flight.crew is not crew:  # it was given to another one
@@ -384,7 +388,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             error.__cause__ = value
             self._finish(flight, "FAILED", {"exception": error})
 
-    def _try_job(self, flight: Flight) -> None:
+    def _try_job(self, flight: DragonTask) -> None:
         """End a job, if all is known of it: the exit codes, and what the ranks sent."""
         if flight.codes is None or flight.ended:
             return
@@ -397,7 +401,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         else:
             self._spawn(self._end_program, flight)
 
-    def _give_up(self, flight: Flight) -> None:
+    def _give_up(self, flight: DragonTask) -> None:
         """A process ended well, and its function did not: os._exit(0), for example."""
         if len(flight.rank_ends) < flight.ranks():
             error = WorkerLostError(
@@ -406,7 +410,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             )
             self._finish(flight, "FAILED", {"exception": error})
 
-    async def _end_program(self, flight: Flight) -> None:
+    async def _end_program(self, flight: DragonTask) -> None:
         files = RankFiles(flight, self.work_dir)
         fields = await asyncio.to_thread(files.collect)
         state, more = job_end(flight, self.name, fields["stderr"])
@@ -426,7 +430,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         flight = self._by_uid.get(task["uid"])
         return flight is not None and await self._stop_flight(flight)
 
-    async def _stop_flight(self, flight: Flight) -> bool:
+    async def _stop_flight(self, flight: DragonTask) -> bool:
         if self._broken is not None or flight.ended:
             return False
         if flight.stopping is None:
@@ -434,7 +438,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             self._spawn(self._stop_it, flight, flight.stopping)
         return bool(await asyncio.shield(flight.stopping))
 
-    async def _stop_it(self, flight: Flight, stopped: asyncio.Future[bool]) -> None:
+    async def _stop_it(self, flight: DragonTask, stopped: asyncio.Future[bool]) -> None:
         """Stop a task wherever it is, and wait until it is known to be stopped."""
         try:
             if flight in self._pending:
@@ -460,7 +464,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             if not stopped.done():
                 stopped.set_result(False)
 
-    async def _revoke(self, flight: Flight) -> bool:
+    async def _revoke(self, flight: DragonTask) -> bool:
         """See to it that a task never begins; False where it has begun."""
         runs = await self._inquire(flight.crew.number, flight.number)
         return not (flight.number in runs or flight.begun or flight.ended)
@@ -486,7 +490,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
             if not inquiry.hosts:
                 inquiry.answered.set()
 
-    async def _time_out(self, flight: Flight) -> None:
+    async def _time_out(self, flight: DragonTask) -> None:
         options = flight.task.get("task_backend_specific_kwargs") or {}
         flight.overdue = float(options["timeout"])
         if not await self._stop_flight(flight):
@@ -495,7 +499,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
 
     # ------------------------------------------------------------------ losses
 
-    def _on_lost(self, flight: Flight | None, host: str, number: int, pid: int) -> None:
+    def _on_lost(self, flight: DragonTask | None, host: str, number: int, pid: int) -> None:
         """A worker has died: its task is lost with it, and its place in its Batch."""
         if self._stopping is not None:  # it is we who end them
             return
@@ -516,7 +520,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 self._spawn(self._replace, among=self._changes)
             self._spawn(self._salvage, crew)
 
-    async def _salvage(self, crew: Crew) -> None:
+    async def _salvage(self, crew: BatchExecutor) -> None:
         """Give what has not begun to another crew.
 
         What Batch sent to its workers in one wave with the task that took one of them down may
@@ -531,7 +535,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         self._hand_over(moved)
         self._leave_if_idle(crew)
 
-    def _of(self, crew: Crew) -> list[Flight]:
+    def _of(self, crew: BatchExecutor) -> list[DragonTask]:
         return [flight for flight in self._by_uid.values() if flight.crew is crew]
 
     async def _replace(self) -> None:
@@ -547,7 +551,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 )
             )
 
-    def _leave_if_idle(self, crew: Crew) -> None:
+    def _leave_if_idle(self, crew: BatchExecutor) -> None:
         """End a retired crew that runs nothing, and give its jobs to another one.
 
         A job cannot be kept from beginning otherwise.
@@ -560,7 +564,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
                 flight.crew = None
             self._spawn(self._leave, crew, left, among=self._changes)
 
-    async def _leave(self, crew: Crew, left: list[Flight]) -> None:
+    async def _leave(self, crew: BatchExecutor, left: list[DragonTask]) -> None:
         if await self._try(crew.close, "end a Batch that lost a worker"):
             self._crews.pop(crew.number, None)
             for flight in left:
@@ -569,7 +573,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         else:
             self._on_broken(crew, TimeoutError("it does not end"))
 
-    def _on_broken(self, crew: Crew, error: BaseException) -> None:
+    def _on_broken(self, crew: BatchExecutor, error: BaseException) -> None:
         if self._stopping is not None:
             return
         self._break(

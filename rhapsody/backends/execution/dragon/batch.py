@@ -21,14 +21,14 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 
 from .node import worker as remote
-from .placement import Places, on_host, on_place
-from .task import TEMPLATE_KEYS, Flight, Nodes
+from .placement import NodeAllocator, on_host, on_place
+from .task import TEMPLATE_KEYS, DragonTask, Nodes
 from .topology import find_nodes, workers_per_node
 
-__all__ = ["Crew", "Post", "spilled"]
+__all__ = ["BatchExecutor", "NodeAgents", "spilled"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ _POLL = 0.25  # seconds for which a thread waits for Batch, before it looks for 
 _LOOKED_AT = 64  # jobs of which it is looked whether they have begun, in their order
 
 
-class Post:
+class NodeAgents:
     """The agents of the nodes and the news from there.
 
     Args:
@@ -68,8 +68,8 @@ class Post:
         self.busy = threading.Event()
         self.beats: dict[str, float] = {}  # by host: when its last beat was heard
         self.facts: dict[str, dict[str, Any]] = {}  # by host: an agent's first word
-        self.site = remote.Site("", b"")
-        self.places = Places(Nodes({}, {}, {}))
+        self.site = remote.RunContext("", b"")
+        self.places = NodeAllocator(Nodes({}, {}, {}))
 
     def open(self, num_nodes: int | None) -> None:
         """Start an agent on each node, and wait for their first beats. Blocks."""
@@ -78,7 +78,9 @@ class Post:
         cores = {node.host: node.cores for node in found}
         gpus = {node.host: node.gpus for node in found}
         self._queue = native.Queue()
-        self.site = remote.Site(secrets.token_hex(16), serial.dumps(self._queue, "queue"))
+        self.site = remote.RunContext(
+            secrets.token_hex(16), serialization.dumps(self._queue, "queue")
+        )
         for host in cores:
             # On the node that reads it: an agent that has nothing to do asks no other node.
             self._orders[host] = native.Queue(policy=on_host(host))
@@ -91,7 +93,7 @@ class Post:
             time.sleep(_LOOK_EVERY)
         cpus = {host: self.facts[host]["cpus"] for host in cores}
         without_pmix = [host for host in cores if not self.facts[host]["pmix"]]
-        self.places = Places(Nodes(self._cores(cores, cpus), gpus, cpus, without_pmix))
+        self.places = NodeAllocator(Nodes(self._cores(cores, cpus), gpus, cpus, without_pmix))
 
     @property
     def nodes(self) -> Nodes:
@@ -106,7 +108,7 @@ class Post:
 
     def _start_agent(self, host: str) -> None:
         process: Any = importlib.import_module("dragon.native.process")
-        orders = serial.dumps(self._orders[host], "queue")
+        orders = serialization.dumps(self._orders[host], "queue")
         agent = process.Process(
             target=self.agent, args=(self.site, orders, host), policy=on_host(host)
         )
@@ -163,7 +165,7 @@ class Post:
         return news
 
 
-class Crew:
+class BatchExecutor:
     """One Batch with its workers, and the tasks that it has.
 
     A worker that a function took down is lost to its Batch for good. So a crew that has lost one
@@ -175,10 +177,10 @@ class Crew:
         hear: called with (crew, flight, word, value) on one of the crew's threads.
     """
 
-    def __init__(self, number: int, site: remote.Site, hear: Hear) -> None:
+    def __init__(self, number: int, site: remote.RunContext, hear: Hear) -> None:
         self.number = number
         self.batch: Any = None
-        self.flights: dict[str, Flight] = {}
+        self.flights: dict[str, DragonTask] = {}
         self.workers: dict[str, int] = {}
         self.retired = False
         self.leaving = False
@@ -186,14 +188,16 @@ class Crew:
         self._hear = hear
         self._lock = threading.Lock()
         self._early: set[str] = set()  # ended before they were registered
-        self._withdrawn: set[Flight] = set()
-        self._unbegun: dict[str, Flight] = {}  # jobs, by the file that their first rank opens
-        self._work: queues.SimpleQueue[list[Flight] | None] = queues.SimpleQueue()
+        self._withdrawn: set[DragonTask] = set()
+        self._unbegun: dict[str, DragonTask] = {}  # jobs, by the file that their first rank opens
+        self._work: queues.SimpleQueue[list[DragonTask] | None] = queues.SimpleQueue()
         self._closing = False
         self._given_up = False
-        self._places: Places
+        self._places: NodeAllocator
 
-    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(
+        self, num_nodes: int | None, places: NodeAllocator, batch_kwargs: Mapping[str, Any]
+    ) -> None:
         """Make the Batch, and start the threads. Blocks."""
         batch: Any = importlib.import_module("dragon.workflows.batch.batch")
         nodes = places.nodes
@@ -225,7 +229,7 @@ class Crew:
         if made:
             threading.Thread(target=self.close, daemon=True, name="dragon-close").start()
 
-    def submit(self, flights: list[Flight]) -> None:
+    def submit(self, flights: list[DragonTask]) -> None:
         """Hand over tasks, from any thread."""
         self._work.put(flights)
 
@@ -240,10 +244,12 @@ class Crew:
     # ------------------------------------------------------------------ threads
 
     def _submit_all(self) -> None:
-        waiting: deque[Flight] = deque()  # for places or a turn, in the order in which they came
+        waiting: deque[DragonTask] = (
+            deque()
+        )  # for places or a turn, in the order in which they came
         while (flights := self._work.get()) is not None:
             for flight in flights:
-                if flight.pinned or flight.is_world:
+                if flight.pinned or flight.is_mpi_job:
                     waiting.append(flight)
                 else:
                     self._submit_now(flight)
@@ -252,26 +258,26 @@ class Crew:
                     break
                 self._submit_now(waiting.popleft())
 
-    def _may_go(self, flight: Flight) -> bool:
+    def _may_go(self, flight: DragonTask) -> bool:
         if flight.pinned:
             return self._places.take(flight) == "taken"
-        return self._places.take_turn(flight)
+        return self._places.acquire_mpi_lock(flight)
 
     def _look_again(self) -> None:
-        """Places have become free."""
+        """NodeAllocator have become free."""
         if not self._closing:
             self._work.put([])
 
-    def _is_gone(self, flight: Flight) -> bool:
+    def _is_gone(self, flight: DragonTask) -> bool:
         return flight.ended or flight in self._withdrawn
 
-    def _submit_now(self, flight: Flight) -> None:
+    def _submit_now(self, flight: DragonTask) -> None:
         with self._lock:
             early = self._submit_one(flight)
         if early:
             self._ended(early)
 
-    def _submit_one(self, flight: Flight) -> str | None:
+    def _submit_one(self, flight: DragonTask) -> str | None:
         """Give a task to Batch, unless it was withdrawn; its name there if it has ended already."""
         if self._is_gone(flight):
             self._places.give_back(flight)
@@ -291,7 +297,7 @@ class Crew:
             return str(handle.uid)
         return None
 
-    def withdraw(self, flight: Flight) -> bool:
+    def withdraw(self, flight: DragonTask) -> bool:
         """Let a task not go to Batch; False where it is there already. Blocks."""
         with self._lock:
             if flight.handle is not None:
@@ -299,7 +305,7 @@ class Crew:
             self._withdrawn.add(flight)
             return True
 
-    def _submit(self, flight: Flight) -> Any:
+    def _submit(self, flight: DragonTask) -> Any:
         if not flight.jobs:
             return self.batch.function(
                 remote.run_order, self._site, self.number, flight.number, flight.data
@@ -314,13 +320,13 @@ class Crew:
                 kept["policy"] = on_place(flight.places[rank], kept.get("policy"))
             template = process.ProcessTemplate(target, args=args, **kept)
             templates.append((count, template))
-        templates[0][1].patience = remote.Patience()
+        templates[0][1].patience = remote.GroupJoinPatch()
         if len(templates) == 1:
             return self.batch.process(templates[0][1])
         pmi = facts.PMIBackend.from_str(flight.pmi) if flight.pmi else None
         return self.batch.options(pmi=pmi).job(templates)
 
-    def _target(self, flight: Flight, rank: int) -> tuple[Any, tuple[Any, ...]]:
+    def _target(self, flight: DragonTask, rank: int) -> tuple[Any, tuple[Any, ...]]:
         if flight.data is None:
             from rhapsody.runtime.arguments import command_of
 
@@ -392,7 +398,7 @@ class Crew:
         if self.batch.grp is not None:
             self.batch.grp._exq_shutdown.set()
 
-    def cancel(self, flight: Flight) -> bool:
+    def cancel(self, flight: DragonTask) -> bool:
         """Ask Batch to cancel a task; whether it takes the request. Blocks."""
         if flight.handle is None:
             return False

@@ -17,11 +17,11 @@ from rhapsody.backends.base import Event, Task
 from rhapsody.runtime.errors import BackendError, ResourceError, WorkerLostError
 
 from .backend import _ANSWER, DragonExecutionBackendV3
-from .batch import Crew, Post
-from .node.worker import Site
+from .batch import BatchExecutor, NodeAgents
+from .node.worker import RunContext
 from .runtime import on_thread
-from .task import OPTIONS, Flight, Planner, check_options, is_job
-from .worker_pool import GangCrew, LegacyPost, PoolCrew
+from .task import OPTIONS, DragonTask, Planner, check_options, is_job
+from .worker_pool import LegacyNodeAgents, ProcessGroupExecutor, WorkerPool
 
 __all__ = ["DragonExecutionBackendV1", "DragonExecutionBackendV2"]
 
@@ -62,11 +62,11 @@ class _Legacy(DragonExecutionBackendV3):
         self._folder_of_tasks = None if folder is None else os.path.abspath(folder)
         self._halts: dict[int, _Halt] = {}
 
-    def _new_post(self) -> Post:
-        return LegacyPost(self._from_post)
+    def _new_post(self) -> NodeAgents:
+        return LegacyNodeAgents(self._from_post)
 
     async def _stop(self) -> None:
-        if isinstance(self._crew, (GangCrew, PoolCrew)) and self._broken is None:
+        if isinstance(self._crew, (ProcessGroupExecutor, WorkerPool)) and self._broken is None:
             try:  # else one begins for each that is stopped
                 for flight in await on_thread(self._crew.drain, timeout=_ANSWER):
                     self._finish(flight, "CANCELED", {})
@@ -74,7 +74,7 @@ class _Legacy(DragonExecutionBackendV3):
                 logger.warning("backend '%s' is stuck in the start of a process", self.name)
         await super()._stop()
 
-    def _hosts_of(self, flight: Flight) -> Iterable[str]:
+    def _hosts_of(self, flight: DragonTask) -> Iterable[str]:
         """The nodes that a task is on."""
         raise NotImplementedError
 
@@ -88,7 +88,7 @@ class _Legacy(DragonExecutionBackendV3):
                     halt.over.set()
         super()._on_news(news)
 
-    async def _stop_it(self, flight: Flight, stopped: asyncio.Future[bool]) -> None:
+    async def _stop_it(self, flight: DragonTask, stopped: asyncio.Future[bool]) -> None:
         """Stop a task wherever it is, and wait until it is known to be stopped."""
         try:
             withdrawn = await on_thread(flight.crew.withdraw, flight, timeout=_ANSWER)
@@ -108,13 +108,13 @@ class _Legacy(DragonExecutionBackendV3):
             if not stopped.done():
                 stopped.set_result(False)
 
-    async def _halt(self, flight: Flight) -> bool:
+    async def _halt(self, flight: DragonTask) -> bool:
         """Let a task run no more; False where it had ended by itself.
 
         Raises:
             asyncio.TimeoutError: it cannot be stopped, or a node does not answer.
         """
-        assert isinstance(self._post, LegacyPost)
+        assert isinstance(self._post, LegacyNodeAgents)
         hosts = list(self._hosts_of(flight))
         began = flight.begun
         halt = self._halts[flight.number] = _Halt(hosts)
@@ -123,7 +123,7 @@ class _Legacy(DragonExecutionBackendV3):
             await asyncio.wait_for(halt.over.wait(), _HALT)
         return not flight.ended and (halt.stopped or not began)
 
-    def _on_broken(self, crew: Crew, error: BaseException) -> None:
+    def _on_broken(self, crew: BatchExecutor, error: BaseException) -> None:
         if self._stopping is None:
             self._break(
                 BackendError(
@@ -134,13 +134,13 @@ class _Legacy(DragonExecutionBackendV3):
                 )
             )
 
-    def _try_job(self, flight: Flight) -> None:
+    def _try_job(self, flight: DragonTask) -> None:
         if (halt := self._halts.get(flight.number)) is None:
             super()._try_job(flight)
         elif flight.codes is not None:  # they may be those of our signals
             halt.held = True
 
-    def _give_up(self, flight: Flight) -> None:
+    def _give_up(self, flight: DragonTask) -> None:
         if flight.number not in self._halts:
             super()._give_up(flight)
 
@@ -180,14 +180,14 @@ class DragonExecutionBackendV1(_Legacy):
         super().__init__(resources, name, num_nodes, node_timeout)
         self._planner = Planner(lambda: self.work_dir, self._folder_of_tasks, all_jobs=True)
 
-    def _new_crew(self, number: int, site: Site) -> Crew:
-        return GangCrew(number, site, self._from_crew)
+    def _new_crew(self, number: int, site: RunContext) -> BatchExecutor:
+        return ProcessGroupExecutor(number, site, self._from_crew)
 
     def _check(self, task: Task, options: Mapping[str, Any]) -> None:
         nodes = self._post.nodes if self._post is not None else None
         check_options(task, options, nodes, all_jobs=True)
 
-    def _hosts_of(self, flight: Flight) -> Iterable[str]:
+    def _hosts_of(self, flight: DragonTask) -> Iterable[str]:
         return {place.host for place in flight.places}
 
 
@@ -227,10 +227,10 @@ class DragonExecutionBackendV2(_Legacy):
     ) -> None:
         super().__init__(resources, name, num_nodes, node_timeout)
         self._planner = Planner(lambda: self.work_dir, self._folder_of_tasks)
-        self._pool: PoolCrew | None = None
+        self._pool: WorkerPool | None = None
 
-    def _new_crew(self, number: int, site: Site) -> Crew:
-        self._pool = PoolCrew(
+    def _new_crew(self, number: int, site: RunContext) -> BatchExecutor:
+        self._pool = WorkerPool(
             number,
             site,
             self._from_crew,
@@ -249,7 +249,7 @@ class DragonExecutionBackendV2(_Legacy):
             )
         check_options(task, options, None)
 
-    def _hosts_of(self, flight: Flight) -> Iterable[str]:
+    def _hosts_of(self, flight: DragonTask) -> Iterable[str]:
         assert self._pool is not None
         return self._pool.hosts_of(flight)
 
@@ -260,12 +260,12 @@ class DragonExecutionBackendV2(_Legacy):
                     self._pool.on_up(*rest)
         super()._on_news(news)
 
-    def _end(self, flight: Flight, state: str, fields: dict[str, Any]) -> Event | None:
+    def _end(self, flight: DragonTask, state: str, fields: dict[str, Any]) -> Event | None:
         if self._pool is not None:
             self._pool.over(flight)
         return super()._end(flight, state, fields)
 
-    def _on_lost(self, flight: Flight | None, host: str, number: int, pid: int) -> None:
+    def _on_lost(self, flight: DragonTask | None, host: str, number: int, pid: int) -> None:
         """A worker has died: its task is lost with it, and another takes its place."""
         if self._stopping is not None:  # it is we who end them
             return

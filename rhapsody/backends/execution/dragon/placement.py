@@ -9,12 +9,12 @@ import weakref
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal
 
-from .task import Flight, Nodes, Place, host_of
+from .task import DragonTask, Nodes, Place, host_of
 
-__all__ = ["Places", "on_host", "on_place", "spread"]
+__all__ = ["NodeAllocator", "on_host", "on_place", "spread"]
 
 
-class Places:
+class NodeAllocator:
     """What is free on the nodes; may be used by several threads.
 
     Attributes:
@@ -26,7 +26,7 @@ class Places:
         self._lock = threading.Lock()
         self._cores = {host: list(cores) for host, cores in nodes.cpus.items()}
         self._gpus = {host: list(nodes.gpus.get(host, ())) for host in nodes.cpus}
-        self._turn: Flight | None = None  # the MPI world over several nodes that runs here now
+        self._turn: DragonTask | None = None  # the MPI world over several nodes that runs here now
         self._listeners: list[Callable[[], None]] = []
         with _turns:
             _all.add(self)
@@ -35,10 +35,10 @@ class Places:
         """Have a function called whenever places become free, on any thread."""
         self._listeners.append(listener)
 
-    def take(self, flight: Flight) -> Literal["taken", "no room", "no turn"]:
+    def take(self, flight: DragonTask) -> Literal["taken", "no room", "no turn"]:
         """Take a place for each rank of a job, unless there is not enough free, yet.
 
-        An MPI world over several nodes needs its turn too, as in `take_turn`.
+        An MPI world over several nodes needs its turn too, as in `acquire_mpi_lock`.
         """
         with self._lock:
             if (places := self._take_all(flight)) is None:
@@ -49,7 +49,7 @@ class Places:
             flight.places = places
         return "taken"
 
-    def take_turn(self, flight: Flight) -> bool:
+    def acquire_mpi_lock(self, flight: DragonTask) -> bool:
         """Let a job go whose places Dragon chooses; False where it has to wait for another's end.
 
         MPI worlds over several nodes run one at a time, of all backends together. Where two start
@@ -59,15 +59,15 @@ class Places:
         named = {host_of(template) for _, template in flight.jobs}
         return self._take_turn(flight, {*self.nodes.cores} if None in named else named)
 
-    def _take_turn(self, flight: Flight, hosts: Collection[str | None]) -> bool:
-        if flight.is_world and len(hosts) > 1:
+    def _take_turn(self, flight: DragonTask, hosts: Collection[str | None]) -> bool:
+        if flight.is_mpi_job and len(hosts) > 1:
             with _turns:
                 if any(places._turn is not None for places in _all):
                     return False
                 self._turn = flight
         return True
 
-    def _take_all(self, flight: Flight) -> list[Place] | None:
+    def _take_all(self, flight: DragonTask) -> list[Place] | None:
         need = flight.task.get("resources")
         cores = need.cores_per_rank if need is not None else 1
         gpus = need.gpus_per_rank if need is not None else 0
@@ -95,7 +95,7 @@ class Places:
         del self._gpus[host][:gpus]
         return place
 
-    def give_back(self, flight: Flight) -> None:
+    def give_back(self, flight: DragonTask) -> None:
         """Free what a job holds; one that holds nothing is fine."""
         with self._lock:
             places, flight.places = flight.places, []
@@ -130,7 +130,7 @@ class Places:
 
 # One world at a time in a driver, whichever of its backends has it.
 _turns = threading.Lock()
-_all: weakref.WeakSet[Places] = weakref.WeakSet()
+_all: weakref.WeakSet[NodeAllocator] = weakref.WeakSet()
 
 
 def on_host(host: str) -> Any:

@@ -6,11 +6,11 @@ import os
 import shutil
 from typing import Any
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError, TaskExecutionError, WorkerLostError
 from rhapsody.runtime.local.children import OUTPUT_LIMIT
 
-from .task import Flight
+from .task import DragonTask
 
 __all__ = ["RankFiles", "job_end", "read_end", "read_news"]
 
@@ -32,23 +32,23 @@ def read_end(said: Any) -> End:
     if isinstance(said[0], str):
         state, fields = said
         if (packed := fields.get("exception")) is not None:
-            fields["exception"] = serial.unpack_exception(packed)
+            fields["exception"] = serialization.unpack_exception(packed)
         return state, fields
     returned, data = said
     if not returned:
-        return "FAILED", {"exception": serial.unpack_exception(data)}
+        return "FAILED", {"exception": serialization.unpack_exception(data)}
     try:
         if isinstance(data, str):
             with open(data, "rb") as file:
                 content = file.read()
             os.unlink(data)
             data = content
-        return "DONE", {"return_value": serial.loads(data, "result")}
+        return "DONE", {"return_value": serialization.loads(data, "result")}
     except (SerializationError, OSError) as error:
         return "FAILED", {"exception": error}
 
 
-def job_end(flight: Flight, backend: str, stderr: str = "") -> End:
+def job_end(flight: DragonTask, backend: str, stderr: str = "") -> End:
     """Return how a job ended, of which the exit codes and what the ranks sent are known."""
     codes = flight.codes or []
     failed = next((code for code in codes if code), 0)
@@ -83,7 +83,7 @@ class RankFiles:
         folder: where what is too long for memory, or asked for, is left as one file.
     """
 
-    def __init__(self, flight: Flight, folder: str) -> None:
+    def __init__(self, flight: DragonTask, folder: str) -> None:
         self._flight = flight
         self._folder = folder
 

@@ -12,16 +12,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rhapsody.backends.base import Task, kind_of
-from rhapsody.runtime import serialization as serial
-from rhapsody.runtime.arguments import command_of, inputs_of
+from rhapsody.runtime import serialization
+from rhapsody.runtime.arguments import Task, command_of, inputs_of, kind_of
 from rhapsody.runtime.errors import ResourceError, TaskValidationError
 from rhapsody.runtime.resources import Resources
 
 __all__ = [
     "OPTIONS",
     "TEMPLATE_KEYS",
-    "Flight",
+    "DragonTask",
     "Nodes",
     "Place",
     "Planner",
@@ -119,7 +118,7 @@ class Place(NamedTuple):
         return sorted(cpu for core in self.cores for cpu in core) if self.pinned else []
 
 
-class Flight:
+class DragonTask:
     """A task between its submit and its end."""
 
     __slots__ = (
@@ -156,7 +155,7 @@ class Flight:
         return kind_of(self.task) == "function"
 
     @property
-    def is_world(self) -> bool:
+    def is_mpi_job(self) -> bool:
         """Whether its ranks are one MPI_COMM_WORLD, by PMIx."""
         return self.pmi == "pmix" and self.ranks() > 1
 
@@ -186,13 +185,13 @@ class Planner:
         """A number that no flight has had."""
         return next(self._numbers)
 
-    def plan(self, task: Task, pickled: dict[int, bytes]) -> Flight:
+    def plan(self, task: Task, pickled: dict[int, bytes]) -> DragonTask:
         """Return a task's flight; `pickled` keeps the functions of this burst, by identity.
 
         Raises:
             SerializationError: its function or arguments cannot be pickled.
         """
-        flight = Flight(task, self.number())
+        flight = DragonTask(task, self.number())
         plain = type(task) is not dict and task._options is None  # most: nothing to look up
         options = {} if plain else task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = None if plain else task.get("resources")
@@ -204,7 +203,7 @@ class Planner:
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
-            # An Order, as it is unpickled there; to make one here takes longer than to pickle it.
+            # An TaskMessage, as it is unpickled there; to make one here takes longer than to pickle it.
             flight.data = pickle.dumps((self._work_dir(), call, program), pickle.HIGHEST_PROTOCOL)
         return flight
 
@@ -255,12 +254,12 @@ def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
     args, kwargs = inputs_of(task)
     first = pickled.get(id(function))
     if first is None:
-        blob = serial.dumps(function, "function")
+        blob = serialization.dumps(function, "function")
         first = pickled[id(function)] = len(blob).to_bytes(4, "big") + blob
     if not kwargs and _PLAIN.issuperset(map(type, args)):
         rest = pickle.dumps((tuple(args), {}), pickle.HIGHEST_PROTOCOL)
     else:
-        rest = serial.dumps((tuple(args), dict(kwargs)), "arguments")
+        rest = serialization.dumps((tuple(args), dict(kwargs)), "arguments")
     return first + rest
 
 

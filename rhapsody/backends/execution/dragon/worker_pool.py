@@ -18,15 +18,15 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 
-from .batch import Crew, Hear, Post, spilled
+from .batch import BatchExecutor, Hear, NodeAgents, spilled
 from .node import pool_worker as remote
-from .node.worker import GRACE, Site
-from .placement import Places, on_host, on_place, spread
-from .task import TEMPLATE_KEYS, Flight
+from .node.worker import GRACE, RunContext
+from .placement import NodeAllocator, on_host, on_place, spread
+from .task import TEMPLATE_KEYS, DragonTask
 
-__all__ = ["GangCrew", "LegacyPost", "PoolCrew"]
+__all__ = ["LegacyNodeAgents", "ProcessGroupExecutor", "WorkerPool"]
 
 # Bytes of an order from which on it goes through a file: a message lies in shared memory.
 _LARGEST_MESSAGE = 1 << 20
@@ -42,7 +42,7 @@ _QUEUE = 1024
 _AHEAD = 0.02
 
 
-class LegacyPost(Post):
+class LegacyNodeAgents(NodeAgents):
     """News from the nodes, with agents that can stop tasks, and say how many cores are granted."""
 
     agent = staticmethod(remote.agent)
@@ -101,35 +101,37 @@ def _end_all(puids: list[int]) -> None:
 class _Gang:
     """The processes of one task."""
 
-    def __init__(self, flight: Flight) -> None:
+    def __init__(self, flight: DragonTask) -> None:
         self.flight = flight
         self.puids: list[int] = []  # in rank order
         self.codes: dict[int, int] = {}
         self.group: Any = None  # the ProcessGroup of an MPI job
 
 
-class GangCrew(Crew):
+class ProcessGroupExecutor(BatchExecutor):
     """Starts processes for each task, as many at once as there are cores."""
 
-    def __init__(self, number: int, site: Site, hear: Hear) -> None:
+    def __init__(self, number: int, site: RunContext, hear: Hear) -> None:
         super().__init__(number, site, hear)
         self._thread = _Thread("dragon-gangs")
-        self._waiting: deque[Flight] = deque()
+        self._waiting: deque[DragonTask] = deque()
         self._gangs: list[_Gang] = []
         self._needs_turn = False  # the first that waits, which another backend has
 
-    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(
+        self, num_nodes: int | None, places: NodeAllocator, batch_kwargs: Mapping[str, Any]
+    ) -> None:
         """Start the thread."""
         self.workers = dict(places.nodes.cores)
         self._places = places
         self._thread.start(self._run)
 
-    def submit(self, flights: list[Flight]) -> None:
+    def submit(self, flights: list[DragonTask]) -> None:
         with self._thread.changed:
             self._waiting += flights
             self._thread.changed.notify_all()
 
-    def drain(self) -> list[Flight]:
+    def drain(self) -> list[DragonTask]:
         """Take back what has not been started. Blocks while something is."""
         with self._lock:
             drained = list(self._waiting)
@@ -305,7 +307,7 @@ class _Node:
             self._ended, self._since = 0, now
 
 
-class PoolCrew(Crew):
+class WorkerPool(BatchExecutor):
     """A pool of worker processes, which is kept at its size.
 
     Args:
@@ -317,7 +319,7 @@ class PoolCrew(Crew):
     def __init__(
         self,
         number: int,
-        site: Site,
+        site: RunContext,
         hear: Hear,
         size: int | None,
         cwd: str,
@@ -329,7 +331,7 @@ class PoolCrew(Crew):
         self._folder = folder
         self._thread = _Thread("dragon-pool")
         self._nodes: dict[str, _Node] = {}
-        self._waiting: deque[Flight] = deque()
+        self._waiting: deque[DragonTask] = deque()
         self._out: dict[int, str] = {}  # the hosts that orders went to, by number
         self._missing: list[str] = []  # hosts, a worker of which has to be replaced
         self._fresh: dict[int, str] = {}  # hosts by puid: started, and not up yet
@@ -339,7 +341,9 @@ class PoolCrew(Crew):
 
     # ------------------------------------------------------------------ from outside
 
-    def open(self, num_nodes: int | None, places: Places, batch_kwargs: Mapping[str, Any]) -> None:
+    def open(
+        self, num_nodes: int | None, places: NodeAllocator, batch_kwargs: Mapping[str, Any]
+    ) -> None:
         """Start the workers, and wait until they are up. Blocks."""
         nodes = places.nodes
         native: Any = importlib.import_module("dragon.native.queue")
@@ -363,31 +367,31 @@ class PoolCrew(Crew):
                 )
         self._thread.start(self._run)
 
-    def submit(self, flights: list[Flight]) -> None:
+    def submit(self, flights: list[DragonTask]) -> None:
         with self._thread.changed:
             self._waiting += flights
             self._thread.changed.notify_all()
 
-    def withdraw(self, flight: Flight) -> bool:
+    def withdraw(self, flight: DragonTask) -> bool:
         with self._thread.changed:
             if flight.number in self._out:
                 return False
             self._withdrawn.add(flight)
             return True
 
-    def drain(self) -> list[Flight]:
+    def drain(self) -> list[DragonTask]:
         """Take back what no node has been sent."""
         with self._thread.changed:
             drained = list(self._waiting)
             self._waiting.clear()
         return drained
 
-    def hosts_of(self, flight: Flight) -> list[str]:
+    def hosts_of(self, flight: DragonTask) -> list[str]:
         """The node that a task went to."""
         host = self._out.get(flight.number)
         return [] if host is None else [host]
 
-    def over(self, flight: Flight) -> None:
+    def over(self, flight: DragonTask) -> None:
         """A task has ended."""
         with self._thread.changed:
             if (host := self._out.pop(flight.number, None)) is not None:
@@ -448,9 +452,9 @@ class PoolCrew(Crew):
             return True
         return bool(self._waiting) and any(node.room() > 0 for node in self._nodes.values())
 
-    def _assign(self) -> list[tuple[Flight, str]]:
+    def _assign(self) -> list[tuple[DragonTask, str]]:
         """Take what there is room for, and say where it goes: to the node with the least to do."""
-        orders: list[tuple[Flight, str]] = []
+        orders: list[tuple[DragonTask, str]] = []
         room = {host: node.room() for host, node in self._nodes.items()}
         while self._waiting:
             free = [host for host, left in room.items() if left > 0]
@@ -467,7 +471,7 @@ class PoolCrew(Crew):
             orders.append((flight, host))
         return orders
 
-    def _send(self, flight: Flight, host: str) -> None:
+    def _send(self, flight: DragonTask, host: str) -> None:
         assert flight.data is not None
         path = os.path.join(self._folder(), f".{flight.number}.order")
         data = spilled(flight.data, path, _LARGEST_MESSAGE)
@@ -475,7 +479,7 @@ class PoolCrew(Crew):
 
     def _start_worker(self, host: str) -> None:
         native: Any = importlib.import_module("dragon.native.process")
-        orders = serial.dumps(self._nodes[host].queue, "queue")
+        orders = serialization.dumps(self._nodes[host].queue, "queue")
         worker = native.Process(
             target=remote.work,
             args=(self._site, self.number, orders, host),

@@ -18,7 +18,16 @@ import socket
 import time
 from typing import Any
 
-from .worker import GRACE, Order, Revoked, Site, Stopped, _Agent, _Desk, run_call
+from .worker import (
+    GRACE,
+    Revoked,
+    RunContext,
+    Stopped,
+    TaskMessage,
+    _Agent,
+    _WorkerChannel,
+    run_call,
+)
 
 __all__ = ["MARK", "agent", "mark", "work"]
 
@@ -32,7 +41,7 @@ _LOOK_SOON = 0.0005
 _LOOK_IDLE = 0.02
 
 
-def mark(site: Site, number: int) -> str:
+def mark(site: RunContext, number: int) -> str:
     """What the processes of a task have in their environment."""
     return f"{hashlib.sha256(site.token.encode()).hexdigest()[:16]}-{number}"
 
@@ -44,16 +53,16 @@ def _halted(folder: str, number: int) -> str:
 # ---------------------------------------------------------------------- a worker of a pool
 
 
-def work(site: Site, crew: int, orders: bytes, host: str) -> None:
+def work(site: RunContext, crew: int, orders: bytes, host: str) -> None:
     """Run orders, one after another, until this process is ended: a worker of a pool."""
     _PoolWorker(site, crew, pickle.loads(orders), host).run()
 
 
 class _PoolWorker:
-    def __init__(self, site: Site, crew: int, orders: Any, host: str) -> None:
+    def __init__(self, site: RunContext, crew: int, orders: Any, host: str) -> None:
         self.orders = orders
         self.name = socket.gethostname()
-        self.desk = _Desk(site, crew)
+        self.desk = _WorkerChannel(site, crew)
         self.running = 0
         signal.signal(signal.SIGUSR1, self._on_signal)
         parameters: Any = importlib.import_module("dragon.infrastructure.parameters")
@@ -94,7 +103,7 @@ class _PoolWorker:
                 content = file.read()
             os.unlink(data)
             data = content
-        order = Order(*pickle.loads(data))
+        order = TaskMessage(*pickle.loads(data))
         if order.call is not None:
             return run_call(order.call, os.path.join(order.folder, f".{number}.result"))
         return self.desk.local.run(order)
@@ -110,7 +119,7 @@ class _PoolWorker:
 # ---------------------------------------------------------------------- an agent that stops tasks
 
 
-def agent(site: Site, orders: bytes, host: str) -> None:
+def agent(site: RunContext, orders: bytes, host: str) -> None:
     """As that of V3, and stop tasks: a process on each node."""
     _StoppingAgent(site, pickle.loads(orders), host).run()
 
@@ -133,7 +142,7 @@ class _Halt:
 
 
 class _StoppingAgent(_Agent):
-    def __init__(self, site: Site, orders: Any, host: str) -> None:
+    def __init__(self, site: RunContext, orders: Any, host: str) -> None:
         super().__init__(site, orders, host)
         self.prefix = mark(site, 0)[:-1]
         self.halts: dict[int, _Halt] = {}

@@ -29,11 +29,11 @@ from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from rhapsody.launch.dragon.pmix import can_load_pmix
-from rhapsody.runtime import serialization as serial
+from rhapsody.runtime import serialization
 from rhapsody.runtime.local.calls import is_coroutine
 from rhapsody.runtime.machine.hardware import granted_cores
 
-__all__ = ["Order", "Patience", "Site", "agent", "run_order", "run_rank"]
+__all__ = ["GroupJoinPatch", "RunContext", "TaskMessage", "agent", "run_order", "run_rank"]
 
 #: seconds between SIGTERM and SIGKILL
 GRACE = 2.0
@@ -49,14 +49,14 @@ _GROUP_END = 60.0
 _LISTEN = 0.1
 
 
-class Site(NamedTuple):
+class RunContext(NamedTuple):
     """What everything on the nodes has to know."""
 
     token: str  # names the folder of each node, and nobody else knows it
     queue: bytes  # the pickled native queue for news
 
 
-class Order(NamedTuple):
+class TaskMessage(NamedTuple):
     """A task as it travels: a pickled call, or an executable for the local backend there."""
 
     folder: str  # for output files and large results
@@ -72,7 +72,7 @@ class Stopped(BaseException):
     """Raised in a task that is cancelled while it runs, by a signal to its worker."""
 
 
-def _folder(site: Site) -> str:
+def _folder(site: RunContext) -> str:
     """The folder of this node: of this user alone, and in no way to be guessed.
 
     Of this node alone, even if all have one file system for what is temporary.
@@ -88,10 +88,10 @@ def _revoked(folder: str, crew: int, number: int | None = None) -> str:
 # ---------------------------------------------------------------------- a worker of Dragon's
 
 
-class _Desk:
+class _WorkerChannel:
     """Of a worker process: where it notes what it runs, and how it sends news."""
 
-    def __init__(self, site: Site, crew: int) -> None:
+    def __init__(self, site: RunContext, crew: int) -> None:
         self.queue = pickle.loads(site.queue)
         self.crew = crew
         self.folder = _folder(site)
@@ -122,15 +122,15 @@ class _Desk:
         return self._local
 
 
-_desks: dict[tuple[Site, int], _Desk] = {}
+_desks: dict[tuple[RunContext, int], _WorkerChannel] = {}
 
 
-def run_order(site: Site, crew: int, number: int, data: bytes) -> None:
+def run_order(site: RunContext, crew: int, number: int, data: bytes) -> None:
     """Run a task in this worker of Dragon's, one of this crew, and send how it ended."""
-    order = Order(*pickle.loads(data))
+    order = TaskMessage(*pickle.loads(data))
     desk = _desks.get((site, crew))
     if desk is None:
-        desk = _desks[site, crew] = _Desk(site, crew)
+        desk = _desks[site, crew] = _WorkerChannel(site, crew)
     began = time.monotonic()
     desk.begin(number)
     try:
@@ -151,12 +151,12 @@ def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
     """
     try:
         size = int.from_bytes(call[:4], "big")
-        function = serial.loads(call[4 : 4 + size], "function")
-        args, kwargs = serial.loads(call[4 + size :], "arguments of the function")
+        function = serialization.loads(call[4 : 4 + size], "function")
+        args, kwargs = serialization.loads(call[4 + size :], "arguments of the function")
         value = function(*args, **kwargs)
         if is_coroutine(value):
             value = asyncio.run(value)
-        data = serial.dumps(value, "result")
+        data = serialization.dumps(value, "result")
     except BaseException as error:
         # Dragon's own way to end a thread, and ours to end what a worker of a pool runs.
         if isinstance(error, Stopped) or type(error).__name__ == "_FunctionTaskCancelled":
@@ -164,7 +164,7 @@ def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
         # SystemExit too: it is the function that ends, not the process.
         trace = error.__traceback__
         error.__traceback__ = trace.tb_next if trace is not None else None
-        return False, serial.pack_exception(error)
+        return False, serialization.pack_exception(error)
     if len(data) < _SPILL:
         return True, data
     with open(path, "wb") as file:
@@ -185,7 +185,7 @@ class _Local:
         self.backend = ConcurrentExecutionBackend(name="dragon", slots=1, grace=GRACE)
         self.backend.attach("dragon", self._hear, lambda: self.folder)
 
-    def run(self, order: Order) -> tuple[str, dict[str, Any]]:
+    def run(self, order: TaskMessage) -> tuple[str, dict[str, Any]]:
         """Run an executable to its end, and return its state and its fields."""
         self.end = Future()
         self.folder = order.folder
@@ -204,7 +204,7 @@ class _Local:
             asyncio.run_coroutine_threadsafe(stop, self.loop).result()
             raise
         if (error := fields.get("exception")) is not None:
-            fields["exception"] = serial.pack_exception(error)
+            fields["exception"] = serialization.pack_exception(error)
         for name in ("started", "ended"):  # of this machine's clock
             fields.pop(name, None)
         return state, fields
@@ -216,7 +216,7 @@ class _Local:
                 self.end.set_result((state, dict(fields or {})))
 
 
-def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -> None:
+def run_rank(site: RunContext, number: int, rank: int, call: bytes | str, path: str) -> None:
     """Run a function as a rank, in a process that Dragon started for it, and send its result.
 
     A call that is large is in a file, of which it is the path.
@@ -230,7 +230,7 @@ def run_rank(site: Site, number: int, rank: int, call: bytes | str, path: str) -
     queue.put(pickle.dumps([("rank", number, rank, said)]))
 
 
-class Patience:
+class GroupJoinPatch:
     """Part of a job's template. The worker of Batch that unpickles it waits as it should.
 
     When the ranks have ended, that worker closes their group, and gives it 5 s. With PMIx over
@@ -248,7 +248,7 @@ class Patience:
         return _be_patient, ()
 
 
-def _be_patient() -> Patience:
+def _be_patient() -> GroupJoinPatch:
     groups: Any = importlib.import_module("dragon.native.process_group")
     process: Any = importlib.import_module("dragon.globalservices.process")
 
@@ -262,7 +262,7 @@ def _be_patient() -> Patience:
     groups.process_join = join
     if groups.ProcessGroup.join.__module__ != __name__:
         groups.ProcessGroup.join = _hears_of_time(groups.ProcessGroup.join)
-    return Patience()
+    return GroupJoinPatch()
 
 
 def _hears_of_time(join: Callable[..., None]) -> Callable[..., None]:
@@ -299,7 +299,7 @@ class _Worker:
             return int.from_bytes(file.read(8), "big")
 
 
-def agent(site: Site, orders: bytes, host: str) -> None:
+def agent(site: RunContext, orders: bytes, host: str) -> None:
     """Send beats, what has begun, and which workers died; obey: a process on each node."""
     _Agent(site, pickle.loads(orders), host).run()
 
@@ -314,7 +314,7 @@ def _first_thread(cpu: int) -> tuple[int, int]:
 
 
 class _Agent:
-    def __init__(self, site: Site, orders: Any, host: str) -> None:
+    def __init__(self, site: RunContext, orders: Any, host: str) -> None:
         self.news = pickle.loads(site.queue)
         self.orders = orders
         self.host = host  # as Dragon calls it, which is localhost where it is alone
