@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from pipes import Fifo
 
 import pytest
 
@@ -24,3 +25,17 @@ def _shared_memory_of_killed_ranks() -> Iterator[None]:
     yield
     for segment in set(here.glob("mpich_shm_*")) - before:
         segment.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def roster(tmp_path: Path) -> Iterator[Fifo]:
+    """Where processes report, and which they hold open while they live."""
+    with Fifo(tmp_path / "roster") as fifo:
+        yield fifo
+
+
+@pytest.fixture
+def go(tmp_path: Path) -> Iterator[Fifo]:
+    """Where they wait until the test lets them go on."""
+    with Fifo(tmp_path / "go") as fifo:
+        yield fifo

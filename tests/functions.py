@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+import signal
 from typing import Any
 
 from rhapsody.api import BaseTask
@@ -15,8 +18,18 @@ def double(x: Any) -> Any:
     return 2 * x
 
 
-def fail(message: str = "as it was told to") -> None:
+async def double_later(x: Any) -> Any:
+    await asyncio.sleep(0.001)
+    return 2 * x
+
+
+def fail(message: object = "as it was told to") -> None:
     raise KeyError(message)
+
+
+def die(*_: object) -> None:
+    """End this process as the system does that runs out of memory."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 async def outcome(task: BaseTask) -> Any:
