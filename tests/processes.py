@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from pipes import PATIENCE, readable
 
+from fifos import PATIENCE, readable
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 

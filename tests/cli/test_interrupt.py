@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import signal
 from pathlib import Path
-from pipes import Fifo
 
+from fifos import Fifo
 from processes import children_of, driver_of, gone
 
 # argv: the roster, the grace, and what an executable does before it waits.

@@ -14,10 +14,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from pipes import Fifo, readable
 
 import pytest
 
+from fifos import Fifo, readable
 from processes import command_line, descendants_of, driver_of, gone
 from rhapsody.launch.dragon import command as dragon_command
 from rhapsody.launch.dragon.output import LauncherOutput

@@ -16,10 +16,10 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from pipes import PATIENCE, Fifo
 
 import pytest
 
+from fifos import PATIENCE, Fifo
 from processes import descendants_of, driver_of, gone
 from rhapsody.launch.apptainer import Image, other_side
 

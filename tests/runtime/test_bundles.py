@@ -9,11 +9,11 @@ import signal
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from pipes import PATIENCE, Fifo, report, wait_for_release
 from typing import Any
 
 import pytest
 
+from fifos import PATIENCE, Fifo, report, wait_for_release
 from pools import process_pool
 from processes import driver_of, gone
 from rhapsody.api import ComputeTask, Resources, SerializationError, Session, WorkerLostError

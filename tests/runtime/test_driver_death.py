@@ -9,10 +9,10 @@ import asyncio
 import os
 import signal
 from pathlib import Path
-from pipes import Fifo
 
 import pytest
 
+from fifos import Fifo
 from processes import alive, children_of, descendants_of, driver_of, gone, is_warden
 
 HEAD = """

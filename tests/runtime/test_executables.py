@@ -14,11 +14,11 @@ import shlex
 import signal
 import sys
 from pathlib import Path
-from pipes import PATIENCE, Fifo
 from typing import Any
 
 import pytest
 
+from fifos import PATIENCE, Fifo
 from processes import gone, most_at_once, open_session, peak_memory, run, wardens
 from rhapsody.api import (
     ComputeTask,

@@ -7,10 +7,10 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from pipes import PATIENCE
 
 import pytest
 
+from fifos import PATIENCE
 from rhapsody.api import BackendError, ComputeTask, Session, TaskTimeoutError
 from rhapsody.backends import ConcurrentExecutionBackend
 

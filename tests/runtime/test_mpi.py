@@ -7,11 +7,11 @@ import json
 import os
 import sys
 from pathlib import Path
-from pipes import PATIENCE, Fifo
 from typing import Any
 
 import pytest
 
+from fifos import PATIENCE, Fifo
 from processes import descendants_of, most_at_once, open_session, public_listeners, run
 from rhapsody.api import ComputeTask, ResourceError, Resources, TaskExecutionError
 

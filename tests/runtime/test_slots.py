@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pipes import Fifo, report, wait_for_release
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from fifos import Fifo, report, wait_for_release
 from rhapsody.api import BackendError, ComputeTask, ResourceError, Resources, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 from rhapsody.runtime.machine.slots import Grant, Slots

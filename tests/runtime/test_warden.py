@@ -12,11 +12,11 @@ import sys
 import threading
 from collections import Counter
 from pathlib import Path
-from pipes import PATIENCE, Fifo
 from typing import Any
 
 import pytest
 
+from fifos import PATIENCE, Fifo
 from processes import alive, children_of, gone, open_session, wardens
 from rhapsody.api import BackendError, ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
@@ -348,7 +348,7 @@ async def test_two_backends_have_a_warden_each(roster: Fifo) -> None:
 TOO_MANY_FILES = """
 import asyncio, os, resource
 from collections import Counter
-from pipes import PATIENCE
+from fifos import PATIENCE
 from rhapsody.api import BackendError, ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
@@ -399,7 +399,7 @@ def test_descriptors_that_run_out_fail_tasks_and_come_back() -> None:
 
 NO_FILES_FOR_THE_DRIVER = """
 import asyncio, os, resource
-from pipes import PATIENCE
+from fifos import PATIENCE
 from processes import open_session
 from rhapsody.api import BackendError, ComputeTask
 
@@ -453,7 +453,7 @@ def test_a_driver_without_descriptors_gets_its_children_later() -> None:
 FULL_DISK = """
 import asyncio, os, sys
 from pathlib import Path
-from pipes import PATIENCE
+from fifos import PATIENCE
 from processes import open_session
 from rhapsody.api import BackendError, ComputeTask, RhapsodyError
 

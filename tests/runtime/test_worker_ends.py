@@ -16,11 +16,11 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from pipes import PATIENCE, Fifo, report
 from typing import Any
 
 import pytest
 
+from fifos import PATIENCE, Fifo, report
 from pools import CONTEXTS, QUICK, process_pool
 from processes import driver_of, gone
 from rhapsody.api import ComputeTask, Session

@@ -12,11 +12,11 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from pipes import Fifo, report, wait_for_release
 from typing import Any
 
 import pytest
 
+from fifos import Fifo, report, wait_for_release
 from functions import die, double, double_later
 from pools import CONTEXTS, process_pool
 from processes import gone
