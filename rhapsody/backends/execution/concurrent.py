@@ -21,7 +21,7 @@ from rhapsody.runtime.errors import (
     TaskValidationError,
 )
 from rhapsody.runtime.local.calls import Call
-from rhapsody.runtime.local.children import SHORT_OF, Children, Ended, Launch, Started
+from rhapsody.runtime.local.children import RESOURCE_ERRNOS, Children, Ended, Launch, Started
 from rhapsody.runtime.local.process_pool import ProcessLanes, WorkerSpec
 from rhapsody.runtime.local.thread_pool import ThreadLanes
 from rhapsody.runtime.machine import hardware
@@ -197,7 +197,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         while self._line and (grant := self._slots.acquire(None)) is not None:
             key = self._line.popleft()
             self._running[key].grant = grant
-            self._children.go(key)
+            self._children.start_now(key)
         while self._queue:
             task = self._queue[0]
             need = task.get("resources")
@@ -231,7 +231,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             raise BackendError(f"cannot run the task: {error}") from error
 
     def _start_process(self, task: Task, grant: Grant | None) -> None:
-        key = self._children.run(self._launch(task, grant or Grant()), wait=grant is None)
+        key = self._children.run(self._launch(task, grant or Grant()), queued=grant is None)
         if grant is None:
             self._line.append(key)
         self._running[key] = _Running(key, task, grant)
@@ -304,12 +304,12 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             if end.key in self._line:
                 self._line.remove(end.key)
             return
-        heir = None if end.heir is None else self._running.get(end.heir)
-        if heir is None or heir.grant is not None:
+        successor = None if end.successor is None else self._running.get(end.successor)
+        if successor is None or successor.grant is not None:
             self._slots.release(grant)
         else:
-            heir.grant = grant
-            self._line.remove(heir.key)
+            successor.grant = grant
+            self._line.remove(successor.key)
 
     def _outcome(self, task: Task, end: Ended) -> tuple[str, dict[str, Any]]:
         uid = task["uid"]
@@ -461,7 +461,7 @@ def _why(error: Exception, name: str) -> Exception:
     if not isinstance(error, OSError):
         return error
     wrapped = BackendError(
-        f"cannot run the task: {error}", backend=name, transient=error.errno in SHORT_OF
+        f"cannot run the task: {error}", backend=name, transient=error.errno in RESOURCE_ERRNOS
     )
     wrapped.__cause__ = error
     return wrapped
