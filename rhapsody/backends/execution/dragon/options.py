@@ -23,7 +23,8 @@ from rhapsody.runtime.errors import ResourceError, TaskValidationError
 from rhapsody.runtime.resources import Resources
 from rhapsody.runtime.text import describe_value
 
-from .task import TEMPLATE_KEYS, Nodes, host_of, is_job, templates_of, wants_places
+from .resources import Nodes, is_pinned
+from .task import TEMPLATE_KEYS, host_of, is_job, templates_of
 
 __all__ = ["JOB_OPTIONS", "OPTIONS", "POOL_OPTIONS", "check_options"]
 
@@ -128,7 +129,7 @@ def check_options(
     if kind_of(task) == "executable":
         _check_executable(uid, task, options)
     if nodes is not None:
-        _check_room(uid, task, options, nodes, all_places=all_jobs)
+        _check_capacity(uid, task, options, nodes, all_placed=all_jobs)
 
 
 def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
@@ -145,12 +146,13 @@ def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
         )
 
 
-def _check_room(
-    uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes, *, all_places: bool
+def _check_capacity(
+    uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes, *, all_placed: bool
 ) -> None:
-    """Refuse what would wait for ever; with `all_places` all ranks wait for a place of their own.
+    """Refuse what would wait for ever.
 
-    A rank on a host of its choice counts there where we hand out the places.
+    A rank that names its host counts there where `NodeAllocator` allocates cores: for pinned ranks,
+    and with `all_placed` for all.
     """
     need: Resources = task.get("resources") or Resources()
     wanted = Counter[str | None]()
@@ -160,19 +162,19 @@ def _check_room(
             raise ResourceError(
                 f"task '{uid}' asks for the host {host!r}, and this runtime has {nodes.describe()}"
             )
-        wanted[host if all_places or wants_places(need) else None] += count
+        wanted[host if all_placed or is_pinned(need) else None] += count
     ranks = sum(wanted.values())
-    rooms = {host: nodes.room(host, need) for host in nodes.cores}
+    capacities = {host: nodes.capacity(host, need) for host in nodes.cores}
     asked = f"of {need.cores_per_rank} cores and {need.gpus_per_rank} GPUs"
     for host, count in wanted.items():
-        if host is not None and count > rooms[host]:
+        if host is not None and count > capacities[host]:
             raise ResourceError(
                 f"task '{uid}' asks for {count} ranks {asked} on {host!r}, and there is room for"
-                f" {rooms[host]} there, on {nodes.describe()}"
+                f" {capacities[host]} there, on {nodes.describe()}"
             )
-    if ranks > (room := sum(rooms.values())):
+    if ranks > (capacity := sum(capacities.values())):
         raise ResourceError(
-            f"task '{uid}' asks for {ranks} ranks {asked}, and there is room for {room} on"
+            f"task '{uid}' asks for {ranks} ranks {asked}, and there is room for {capacity} on"
             f" {nodes.describe()}"
         )
     if ranks > 1 and options.get("pmi", "pmix") == "pmix" and nodes.without_pmix:

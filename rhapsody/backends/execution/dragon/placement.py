@@ -1,21 +1,35 @@
-"""Which node has room for a task, where it is we who choose: free cores and GPUs, by host name."""
+"""Allocates the nodes' cores and GPUs to ranks, and the right to run an MPI job over several nodes.
+
+It does not call Dragon.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
+import enum
 import threading
 import weakref
-from collections.abc import Callable, Collection, Mapping
-from typing import Any, Literal
+from collections.abc import Callable, Collection, Iterable, Mapping
 
-from .task import DragonTask, Nodes, Place, host_of
+from .resources import Nodes, Placement
+from .task import DragonTask, host_of
 
-__all__ = ["NodeAllocator", "on_host", "on_place", "spread"]
+__all__ = ["Allocation", "NodeAllocator", "spread"]
+
+
+class Allocation(enum.Enum):
+    """The answer to a request to allocate."""
+
+    DONE = enum.auto()
+    NO_ROOM = enum.auto()  # too few cores or GPUs are free
+    MPI_LOCKED = enum.auto()  # another MPI job over several nodes runs
 
 
 class NodeAllocator:
     """What is free on the nodes; may be used by several threads.
+
+    MPI jobs over several nodes run one at a time, over all backends of this process. Where two
+    start at once, Dragon 0.15.0 leaves ranks waiting for ever in MPI_Init, or for their first
+    message: seen with 3 pairs of 5, and with none of 70 jobs that ran one after the other.
 
     Attributes:
         nodes: what there is in all.
@@ -26,141 +40,115 @@ class NodeAllocator:
         self._lock = threading.Lock()
         self._cores = {host: list(cores) for host, cores in nodes.cpus.items()}
         self._gpus = {host: list(nodes.gpus.get(host, ())) for host in nodes.cpus}
-        self._turn: DragonTask | None = None  # the MPI world over several nodes that runs here now
+        self._mpi_job: DragonTask | None = None  # of this backend: it holds the MPI lock
         self._listeners: list[Callable[[], None]] = []
-        with _turns:
-            _all.add(self)
+        with _mpi_lock:
+            _allocators.add(self)
 
     def on_free(self, listener: Callable[[], None]) -> None:
-        """Have a function called whenever places become free, on any thread."""
+        """Call a function whenever something becomes free, on any thread."""
         self._listeners.append(listener)
 
-    def take(self, flight: DragonTask) -> Literal["taken", "no room", "no turn"]:
-        """Take a place for each rank of a job, unless there is not enough free, yet.
-
-        An MPI world over several nodes needs its turn too, as in `acquire_mpi_lock`.
-        """
+    def allocate(self, task: DragonTask) -> Allocation:
+        """Allocate cores and GPUs to each rank of a job, and the MPI lock if it needs that."""
         with self._lock:
-            if (places := self._take_all(flight)) is None:
-                return "no room"
-            if not self._take_turn(flight, {place.host for place in places}):
-                self._free(places)
-                return "no turn"
-            flight.places = places
-        return "taken"
+            if (placements := self._allocate_ranks(task)) is None:
+                return Allocation.NO_ROOM
+            if not self._lock_mpi(task, {placement.host for placement in placements}):
+                self._free(placements)
+                return Allocation.MPI_LOCKED
+            task.placements = placements
+        return Allocation.DONE
 
-    def acquire_mpi_lock(self, flight: DragonTask) -> bool:
-        """Let a job go whose places Dragon chooses; False where it has to wait for another's end.
+    def acquire_mpi_lock(self, task: DragonTask) -> bool:
+        """Allocate the MPI lock to a job that Dragon places, if it needs that; False to wait."""
+        hosts = {host_of(template) for template in task.templates}
+        return self._lock_mpi(task, {*self.nodes.cores} if None in hosts else hosts)
 
-        MPI worlds over several nodes run one at a time, of all backends together. Where two start
-        at once, Dragon 0.15.0 leaves ranks waiting for ever in MPI_Init, or for their first
-        message: seen with 3 pairs of 5, and with none of 70 worlds that came one after the other.
-        """
-        named = {host_of(template) for _, template in flight.jobs}
-        return self._take_turn(flight, {*self.nodes.cores} if None in named else named)
-
-    def _take_turn(self, flight: DragonTask, hosts: Collection[str | None]) -> bool:
-        if flight.is_mpi_job and len(hosts) > 1:
-            with _turns:
-                if any(places._turn is not None for places in _all):
+    def _lock_mpi(self, task: DragonTask, hosts: Collection[str | None]) -> bool:
+        if task.is_mpi_job and len(hosts) > 1:
+            with _mpi_lock:
+                if any(allocator._mpi_job is not None for allocator in _allocators):
                     return False
-                self._turn = flight
+                self._mpi_job = task
         return True
 
-    def _take_all(self, flight: DragonTask) -> list[Place] | None:
-        need = flight.task.get("resources")
+    def _allocate_ranks(self, task: DragonTask) -> list[Placement] | None:
+        need = task.task.get("resources")
         cores = need.cores_per_rank if need is not None else 1
         gpus = need.gpus_per_rank if need is not None else 0
-        named = [host_of(template) for _, template in flight.jobs]
-        taken: dict[int, Place] = {}
-        # Those that may be anywhere come last, not to be where one of the others must be.
-        for rank in sorted(range(len(named)), key=lambda rank: named[rank] is None):
-            if (place := self._take_one(named[rank], cores, gpus, flight.pinned)) is None:
-                self._free(taken.values())
+        hosts = [host_of(template) for template in task.templates]
+        found: dict[int, Placement] = {}
+        # Ranks that may run anywhere come last, so that they leave the cores that others need.
+        for rank in sorted(range(len(hosts)), key=lambda rank: hosts[rank] is None):
+            if (placement := self._allocate_rank(hosts[rank], cores, gpus, task.pinned)) is None:
+                self._free(found.values())
                 return None
-            taken[rank] = place
-        return [taken[rank] for rank in range(len(named))]
+            found[rank] = placement
+        return [found[rank] for rank in range(len(hosts))]
 
-    def _take_one(self, named: str | None, cores: int, gpus: int, pinned: bool) -> Place | None:
+    def _allocate_rank(
+        self, host: str | None, cores: int, gpus: int, pinned: bool
+    ) -> Placement | None:
         fitting = [
-            host
-            for host in ([named] if named else self._cores)
-            if len(self._cores[host]) >= cores and len(self._gpus[host]) >= gpus
+            one
+            for one in ([host] if host else self._cores)
+            if len(self._cores[one]) >= cores and len(self._gpus[one]) >= gpus
         ]
         if not fitting:
             return None
-        host = max(fitting, key=lambda host: len(self._cores[host]))
-        place = Place(host, self._cores[host][:cores], self._gpus[host][:gpus], pinned)
+        host = max(fitting, key=lambda one: len(self._cores[one]))
+        placement = Placement(host, self._cores[host][:cores], self._gpus[host][:gpus], pinned)
         del self._cores[host][:cores]
         del self._gpus[host][:gpus]
-        return place
+        return placement
 
-    def give_back(self, flight: DragonTask) -> None:
-        """Free what a job holds; one that holds nothing is fine."""
+    def release(self, task: DragonTask) -> None:
+        """Free what a job holds, if it holds anything."""
         with self._lock:
-            places, flight.places = flight.places, []
-            self._free(places)
-        if self._turn is flight:
-            self._pass_turn()
-        elif places:
-            self._tell()
+            placements, task.placements = task.placements, []
+            self._free(placements)
+        if self._mpi_job is task:
+            self._unlock_mpi()
+        elif placements:
+            self._notify()
 
-    def leave(self) -> None:
-        """Keep nobody waiting for a turn here from now on, for it may never end."""
-        with _turns:
-            _all.discard(self)
-        self._pass_turn()
+    def close(self) -> None:
+        """Let no other backend wait for an MPI job of this one, which may never end."""
+        with _mpi_lock:
+            _allocators.discard(self)
+        self._unlock_mpi()
 
-    def _pass_turn(self) -> None:
-        with _turns:
-            self._turn = None
-            others = list(_all)
-        for places in others:
-            places._tell()
+    def _unlock_mpi(self) -> None:
+        with _mpi_lock:
+            self._mpi_job = None
+            allocators = list(_allocators)
+        for allocator in allocators:
+            allocator._notify()
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         for listener in self._listeners:
             listener()
 
-    def _free(self, places: Any) -> None:
-        for place in places:
-            self._cores[place.host] = sorted([*self._cores[place.host], *place.cores])
-            self._gpus[place.host] = sorted([*self._gpus[place.host], *place.gpus])
+    def _free(self, placements: Iterable[Placement]) -> None:
+        for placement in placements:
+            host = placement.host
+            self._cores[host] = sorted([*self._cores[host], *placement.cores])
+            self._gpus[host] = sorted([*self._gpus[host], *placement.gpus])
 
 
-# One world at a time in a driver, whichever of its backends has it.
-_turns = threading.Lock()
-_all: weakref.WeakSet[NodeAllocator] = weakref.WeakSet()
-
-
-def on_host(host: str) -> Any:
-    """Dragon's policy for a process on a host."""
-    policy: Any = importlib.import_module("dragon.infrastructure.policy").Policy
-    return policy(placement=policy.Placement.HOST_NAME, host_name=host)
-
-
-def on_place(place: Place, given: Any) -> Any:
-    """Dragon's policy for a rank in its place; what a policy of the task's own says is kept."""
-    if given is None:
-        given = on_host(place.host)
-    elif given.placement == type(given).Placement.HOST_ID:
-        return given
-    return dataclasses.replace(
-        given,
-        placement=type(given).Placement.HOST_NAME,
-        host_name=place.host,
-        cpu_affinity=given.cpu_affinity or place.cpus,
-        gpu_affinity=given.gpu_affinity or place.gpus,
-    )
+# Those of all backends of this process, and what guards the MPI job of each.
+_mpi_lock = threading.Lock()
+_allocators: weakref.WeakSet[NodeAllocator] = weakref.WeakSet()
 
 
 def spread(workers: int, cores: Mapping[str, int]) -> dict[str, int]:
-    """So many workers over the nodes, in the ratio of their cores; nodes without one are left out.
+    """Spread workers over the nodes in the ratio of their cores; leave out nodes without one.
 
     >>> spread(5, {"a": 4, "b": 2})
     {'a': 3, 'b': 2}
     """
-    given = dict.fromkeys(cores, 0)
+    counts = dict.fromkeys(cores, 0)
     for _ in range(workers):
-        given[min(given, key=lambda host: (given[host] + 1) / cores[host])] += 1
-    return {host: number for host, number in given.items() if number}
+        counts[min(counts, key=lambda host: (counts[host] + 1) / cores[host])] += 1
+    return {host: count for host, count in counts.items() if count}

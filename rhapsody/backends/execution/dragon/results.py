@@ -1,126 +1,141 @@
-"""From what the nodes sent to what a task's author gets."""
+"""Reads what the nodes send about tasks: unpickles results, and joins those of a job's ranks."""
 
 from __future__ import annotations
 
 import os
 import shutil
-from typing import Any
+import time
+from typing import Any, NamedTuple, Union
 
 from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError, TaskExecutionError, WorkerLostError
 from rhapsody.runtime.local.children import OUTPUT_LIMIT
 
-from .task import DragonTask
+from .node.messages import (
+    CallResult,
+    NodeMessage,
+    RankEnded,
+    TaskEnded,
+    TaskResult,
+    unspill,
+)
+from .task import DragonTask, Outcome
 
-__all__ = ["RankFiles", "job_end", "read_end", "read_news"]
-
-End = tuple[str, dict[str, Any]]
-
-
-def read_news(one: tuple[Any, ...], now: float) -> tuple[Any, ...]:
-    """Return a piece of news as the loop takes it: that of an end with its result unpickled."""
-    if one[0] != "ended":
-        return one
-    word, number, said, host, seconds = one
-    state, fields = read_end(said)
-    fields["started"], fields["ended"] = now - seconds, now
-    return word, number, state, fields, host
+__all__ = ["NodeEvent", "RankOutcome", "TaskOutcome", "job_outcome", "join_rank_files", "read"]
 
 
-def read_end(said: Any) -> End:
-    """Return state and result fields of what a node sent of one call, or of one executable."""
-    if isinstance(said[0], str):
-        state, fields = said
-        if (packed := fields.get("exception")) is not None:
-            fields["exception"] = serialization.unpack_exception(packed)
-        return state, fields
-    returned, data = said
-    if not returned:
-        return "FAILED", {"exception": serialization.unpack_exception(data)}
+class TaskOutcome(NamedTuple):
+    """A task that ran in a worker has ended."""
+
+    number: int
+    outcome: Outcome
+    hostname: str
+
+
+class RankOutcome(NamedTuple):
+    """A function has ended in one of its ranks."""
+
+    number: int
+    rank: int
+    outcome: Outcome
+
+
+# A message of a node, with its result unpickled.
+NodeEvent = Union[NodeMessage, TaskOutcome, RankOutcome]
+
+
+def read(message: NodeMessage) -> NodeEvent:
+    """Return a message as the event loop takes it: an end with its result unpickled."""
+    if isinstance(message, TaskEnded):
+        now = time.monotonic()
+        outcome = _outcome(message.result)
+        outcome.fields["started"], outcome.fields["ended"] = now - message.seconds, now
+        return TaskOutcome(message.number, outcome, message.hostname)
+    if isinstance(message, RankEnded):
+        return RankOutcome(message.number, message.rank, _outcome(message.result))
+    return message
+
+
+def _outcome(result: TaskResult) -> Outcome:
+    if not isinstance(result, CallResult):
+        if (packed := result.fields.get("exception")) is not None:
+            result.fields["exception"] = serialization.unpack_exception(packed)
+        return Outcome(result.state, result.fields)
     try:
-        if isinstance(data, str):
-            with open(data, "rb") as file:
-                content = file.read()
-            os.unlink(data)
-            data = content
-        return "DONE", {"return_value": serialization.loads(data, "result")}
+        data = unspill(result.data)
+        if result.returned:
+            return Outcome("DONE", {"return_value": serialization.loads(data, "result")})
+        return Outcome("FAILED", {"exception": serialization.unpack_exception(data)})
     except (SerializationError, OSError) as error:
-        return "FAILED", {"exception": error}
+        return Outcome("FAILED", {"exception": error})
 
 
-def job_end(flight: DragonTask, backend: str, stderr: str = "") -> End:
-    """Return how a job ended, of which the exit codes and what the ranks sent are known."""
-    codes = flight.codes or []
+def job_outcome(task: DragonTask, backend: str, stderr: str = "") -> Outcome:
+    """Return how a job ended whose exit codes, and what its ranks sent, are known."""
+    codes = task.exit_codes or []
     failed = next((code for code in codes if code), 0)
-    if flight.is_function:
-        ends = [flight.rank_ends[rank] for rank in sorted(flight.rank_ends)]
-        for state, fields in ends:
-            if state != "DONE":
-                return state, fields
+    if task.is_function:
+        outcomes = [task.rank_outcomes[rank] for rank in sorted(task.rank_outcomes)]
+        for outcome in outcomes:
+            if outcome.state != "DONE":
+                return outcome
         if failed:
-            error: Exception = WorkerLostError(
-                f"a process of task '{flight.uid}' died (exit codes of its ranks: {codes})",
+            error = WorkerLostError(
+                f"a process of task '{task.uid}' died (exit codes of its ranks: {codes})",
                 backend=backend,
                 transient=False,
             )
-            return "FAILED", {"exception": error, "exit_code": failed}
-        values = [fields["return_value"] for _, fields in ends]
-        return "DONE", {"return_value": values if flight.ranks() > 1 else values[0]}
+            return Outcome("FAILED", {"exception": error, "exit_code": failed})
+        values = [outcome.fields["return_value"] for outcome in outcomes]
+        return Outcome("DONE", {"return_value": values if task.ranks > 1 else values[0]})
     if not failed:
-        return "DONE", {"exit_code": 0}
+        return Outcome("DONE", {"exit_code": 0})
     if len(codes) > 1:
         stderr = f"[exit codes of the ranks: {codes}]\n{stderr}"
-    failure = TaskExecutionError(flight.uid, stderr, failed)
+    failure = TaskExecutionError(task.uid, stderr, failed)
     failure.exit_codes = codes
-    return "FAILED", {"exit_code": failed, "exception": failure}
+    return Outcome("FAILED", {"exit_code": failed, "exception": failure})
 
 
-class RankFiles:
-    """The files that the ranks of a job printed to.
+def join_rank_files(task: DragonTask, directory: str) -> dict[str, Any]:
+    """Return the result fields `stdout` and `stderr` of a job: of all ranks, in rank order.
 
-    Args:
-        flight: the job.
-        folder: where what is too long for memory, or asked for, is left as one file.
+    The files of the ranks are removed. What is too long for memory, or asked for, is left in
+    `directory` as one file. Files that the task's author named are not touched.
     """
+    fields: dict[str, Any] = {}
+    for stream in ("stdout", "stderr"):
+        text, path = _join(task, directory, stream)
+        captured = bool(task.task.get("capture_stdio")) and path
+        fields[stream] = path if captured else text
+        fields[f"{stream}_file"] = path
+    return fields
 
-    def __init__(self, flight: DragonTask, folder: str) -> None:
-        self._flight = flight
-        self._folder = folder
 
-    def collect(self) -> dict[str, Any]:
-        """Return the result fields `stdout` and `stderr`: of all ranks, in rank order."""
-        fields: dict[str, Any] = {}
-        for stream in ("stdout", "stderr"):
-            text, path = self._join(stream)
-            captured = bool(self._flight.task.get("capture_stdio")) and path
-            fields[stream] = path if captured else text
-            fields[f"{stream}_file"] = path
-        return fields
-
-    def _join(self, stream: str) -> tuple[str, str | None]:
-        base = os.path.join(self._folder, self._flight.uid)
-        ours = [
-            template[stream]
-            for rank, (_, template) in enumerate(self._flight.jobs)
-            if template[stream] == f"{base}.{rank}.{stream}" and os.path.exists(template[stream])
-        ]
-        size = sum(os.path.getsize(path) for path in ours)
-        if size <= OUTPUT_LIMIT and not self._flight.task.get("capture_stdio"):
-            data = b"".join(_read(path) for path in ours)
-            whole = None
-        else:
-            whole = f"{base}.{stream}"
-            with open(whole, "wb") as out:
-                for path in ours:
-                    with open(path, "rb") as file:
-                        shutil.copyfileobj(file, out)
-            data = _tail(whole)
-        for path in ours:
-            os.unlink(path)
-        text = data.decode(errors="replace")
-        if whole is not None and size > len(data):
-            text = f"[the last {len(data)} of {size} bytes; all of them are in {whole}]\n{text}"
-        return text, whole
+def _join(task: DragonTask, directory: str, stream: str) -> tuple[str, str | None]:
+    base = os.path.join(directory, task.uid)
+    ours = [
+        template[stream]
+        for rank, template in enumerate(task.templates)
+        if template[stream] == f"{base}.{rank}.{stream}" and os.path.exists(template[stream])
+    ]
+    size = sum(os.path.getsize(path) for path in ours)
+    if size <= OUTPUT_LIMIT and not task.task.get("capture_stdio"):
+        data = b"".join(_read(path) for path in ours)
+        whole = None
+    else:
+        whole = f"{base}.{stream}"
+        with open(whole, "wb") as out:
+            for path in ours:
+                with open(path, "rb") as file:
+                    shutil.copyfileobj(file, out)
+        data = _tail(whole)
+    for path in ours:
+        os.unlink(path)
+    text = data.decode(errors="replace")
+    if whole is not None and size > len(data):
+        text = f"[the last {len(data)} of {size} bytes; all of them are in {whole}]\n{text}"
+    return text, whole
 
 
 _TAIL = 65536

@@ -1,11 +1,16 @@
-"""From a task to what Dragon is given: a pickled order for a worker, or the ranks of a job."""
+"""From a task to what Dragon is given: a message for a worker, or the process templates of a job.
+
+A job is a task that runs in processes of its own, one per rank.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from asyncio import Future, TimerHandle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from rhapsody.backends.options import EXECUTABLE_OPTIONS
@@ -13,121 +18,63 @@ from rhapsody.runtime import serialization
 from rhapsody.runtime.arguments import Task, command_of, inputs_of, kind_of
 from rhapsody.runtime.resources import Resources
 
+from .node.messages import pack_task
+from .resources import Placement, is_pinned
+
 __all__ = [
     "TEMPLATE_KEYS",
     "DragonTask",
-    "Nodes",
-    "Place",
+    "Outcome",
     "Planner",
+    "Template",
     "host_of",
     "is_job",
     "templates_of",
-    "wants_places",
 ]
 
 #: keys of a process template; target, args and kwargs are the task's own
 TEMPLATE_KEYS = frozenset({"cwd", "env", "stdin", "stdout", "stderr", "policy", "options"})
 
-
-class Nodes:
-    """What the nodes of a runtime have, by host name.
-
-    Args:
-        cores: how many ranks at once: for Dragon's Batch half of what the kernel counts, since it
-            takes every core for two hardware threads.
-        gpus: names of GPUs.
-        cpus: ids of the CPUs that are granted to us there, hardware threads of a core together.
-        without_pmix: the nodes on which Dragon finds no libpmix.so.
-
-    Attributes:
-        cpus: for each core that a rank can have to itself, the ids of its CPUs. Fewer than `cores`
-            where fewer CPUs are granted.
-    """
-
-    def __init__(
-        self,
-        cores: Mapping[str, int],
-        gpus: Mapping[str, Sequence[int]],
-        cpus: Mapping[str, Sequence[int]],
-        without_pmix: Iterable[str] = (),
-    ) -> None:
-        self.cores = dict(cores)
-        self.gpus = {host: list(found) for host, found in gpus.items()}
-        self.cpus = {host: _in_parts(cpus[host], number) for host, number in cores.items()}
-        self.without_pmix = sorted(without_pmix)
-
-    def room(self, host: str, need: Resources) -> int:
-        """How many ranks a node has room for when it is empty."""
-        pinned = wants_places(need)
-        room = (len(self.cpus[host]) if pinned else self.cores[host]) // need.cores_per_rank
-        if need.gpus_per_rank:
-            room = min(room, len(self.gpus.get(host, ())) // need.gpus_per_rank)
-        return room
-
-    def describe(self) -> str:
-        """Return `2 nodes: a (4 cores, 1 GPU), b (4 cores)`."""
-        said = []
-        for host, cores in self.cores.items():
-            gpus = len(self.gpus.get(host, ()))
-            more = f", {gpus} GPU{'s' * (gpus > 1)}" if gpus else ""
-            said.append(f"{host} ({cores} core{'s' * (cores > 1)}{more})")
-        return f"{len(said)} node{'s' * (len(said) > 1)}: {', '.join(said)}"
+# A process template as a task's author gives it: values by `TEMPLATE_KEYS`.
+Template = Mapping[str, Any]
 
 
-def _in_parts(cpus: Sequence[int], parts: int) -> list[list[int]]:
-    """Split CPUs into so many cores of equal size, or into fewer of one CPU each.
+class Outcome(NamedTuple):
+    """How a task ended: its terminal state and result fields."""
 
-    >>> _in_parts([0, 4, 1, 5, 2], 2)
-    [[0, 4], [1, 5]]
-    """
-    size = max(1, len(cpus) // parts)
-    return [list(cpus[at : at + size]) for at in range(0, len(cpus), size)][:parts]
+    state: str
+    fields: dict[str, Any]
 
 
-class Place(NamedTuple):
-    """Where a rank runs, and what it has there."""
-
-    host: str
-    cores: list[list[int]]  # each with its CPUs
-    gpus: list[int]
-    pinned: bool
-
-    @property
-    def cpus(self) -> list[int]:
-        """The CPUs that it is bound to; none where it may use all of the node."""
-        return sorted(cpu for core in self.cores for cpu in core) if self.pinned else []
-
-
+@dataclass(slots=True, eq=False)
 class DragonTask:
     """A task between its submit and its end."""
 
-    __slots__ = (
-        "begun", "call", "codes", "crew", "data", "ended", "handle", "host", "jobs", "number",
-        "overdue", "pinned", "places", "pmi", "rank_ends", "started", "stopping", "task", "timer",
-        "uid",
-    )  # fmt: skip
+    task: Task
+    number: int  # of this attempt: no other task of the backend has it
+    uid: str = field(init=False)
+    payload: bytes | None = None  # the message for a worker, or the call of a job's ranks
+    templates: list[dict[str, Any]] = field(default_factory=list)  # of a job: one per rank
+    rank_call: bytes | str | None = None  # the call as ranks get it, or a file that it is in
+    pmi: str | None = None
+    pinned: bool = False  # whether each rank has cores and GPUs to itself
+    placements: list[Placement] = field(default_factory=list)  # that its ranks have now
+    timeout: float | None = None  # seconds from its start
 
-    def __init__(self, task: Task, number: int) -> None:
-        self.task = task
-        self.uid: str = task["uid"]
-        self.number = number
-        self.data: bytes | None = None  # the order for a worker, or the call of ranks
-        self.call: bytes | str | None = None  # as the ranks get it: or a file that it is in
-        self.jobs: list[tuple[int, dict[str, Any]]] = []  # or the templates of a job
-        self.pmi: str | None = None
-        self.pinned = False  # whether each rank has cores and GPUs to itself
-        self.places: list[Place] = []  # that its ranks have now
-        self.crew: Any = None  # the one that has it
-        self.handle: Any = None  # Batch's own task
-        self.begun = False
-        self.started = 0.0
-        self.ended = False
-        self.host: str | None = None
-        self.rank_ends: dict[int, Any] = {}
-        self.codes: list[int] | None = None
-        self.stopping: Any = None  # a future: whether it was stopped
-        self.timer: Any = None
-        self.overdue: float | None = None  # its time limit, which is over
+    executor: int | None = None  # the number of the one that has it
+    handle: Any = None  # the executor's own object, once it was given to Dragon
+    host: str | None = None
+    timer: TimerHandle | None = None  # of its time limit
+    rank_outcomes: dict[int, Outcome] = field(default_factory=dict)
+    exit_codes: list[int] | None = None
+    stop_result: Future[bool] | None = None  # while somebody waits for its stop: whether it was
+    stopping_on_nodes: bool = False  # exit codes and lost workers may come from our signals
+    timed_out: bool = False
+    started: bool = False
+    ended: bool = False
+
+    def __post_init__(self) -> None:
+        self.uid = self.task["uid"]
 
     @property
     def is_function(self) -> bool:
@@ -135,13 +82,19 @@ class DragonTask:
         return kind_of(self.task) == "function"
 
     @property
+    def is_job(self) -> bool:
+        """Whether it runs in processes of its own."""
+        return bool(self.templates)
+
+    @property
     def is_mpi_job(self) -> bool:
         """Whether its ranks are one MPI_COMM_WORLD, by PMIx."""
-        return self.pmi == "pmix" and self.ranks() > 1
+        return self.pmi == "pmix" and self.ranks > 1
 
+    @property
     def ranks(self) -> int:
-        """How many processes a job has."""
-        return sum(count for count, _ in self.jobs)
+        """How many processes it has of its own."""
+        return len(self.templates)
 
 
 class Planner:
@@ -153,58 +106,54 @@ class Planner:
         all_jobs: whether every task runs in processes of its own.
     """
 
-    def __init__(
-        self, work_dir: Callable[[], str], cwd: str | None = None, *, all_jobs: bool = False
-    ) -> None:
+    def __init__(self, work_dir: Callable[[], str], cwd: str | None, *, all_jobs: bool) -> None:
         self._work_dir = work_dir
         self._cwd = cwd
         self._all_jobs = all_jobs
         self._numbers = itertools.count(1)
 
-    def number(self) -> int:
-        """A number that no flight has had."""
+    def next_number(self) -> int:
+        """Return a number that no task has had."""
         return next(self._numbers)
 
     def plan(self, task: Task, pickled: dict[int, bytes]) -> DragonTask:
-        """Return a task's flight; `pickled` keeps the functions of this burst, by identity.
+        """Return a task as executors take it; `pickled` keeps a burst's functions, by `id`.
 
         Raises:
             SerializationError: its function or arguments cannot be pickled.
         """
-        flight = DragonTask(task, self.number())
+        planned = DragonTask(task, self.next_number())
         plain = type(task) is not dict and task._options is None  # most: nothing to look up
         options = {} if plain else task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = None if plain else task.get("resources")
-        call = _call(task, pickled) if kind_of(task) == "function" else None
+        planned.timeout = options.get("timeout")
+        call = _pack_call(task, pickled) if kind_of(task) == "function" else None
         if self._all_jobs or (not plain and is_job(task, options)):
-            flight.data = call
-            flight.jobs = self._templates(task, options, need or Resources())
-            flight.pinned = wants_places(need)
-            flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
+            planned.payload = call
+            planned.templates = self._templates(task, options, need or Resources())
+            planned.pinned = is_pinned(need)
+            planned.pmi = options.get("pmi", "pmix" if planned.ranks > 1 else None)
         else:
-            program = None if call is not None else _program(task, options, need, self._cwd)
-            # An TaskMessage, as it is unpickled there; to make one here takes longer than to pickle it.
-            flight.data = pickle.dumps((self._work_dir(), call, program), pickle.HIGHEST_PROTOCOL)
-        return flight
+            executable = None if call is not None else _executable(task, options, need, self._cwd)
+            planned.payload = pack_task(self._work_dir(), call, executable)
+        return planned
 
     def _templates(
         self, task: Task, options: Mapping[str, Any], need: Resources
-    ) -> list[tuple[int, dict[str, Any]]]:
-        """One template per rank, each with files of its own for what it prints."""
-        given = templates_of(options, need.ranks) or [(need.ranks, {})]
+    ) -> list[dict[str, Any]]:
+        """Return a template per rank, each with files of its own for what the rank prints."""
         env = {**(need.env or {}), **(options.get("env") or {})}
         cwd = options.get("cwd") or need.cwd or self._cwd
         base = os.path.join(self._work_dir(), task["uid"])
-        jobs: list[tuple[int, dict[str, Any]]] = []
-        for count, template in given:
-            for _ in range(count):
-                rank = len(jobs)
-                one: dict[str, Any] = {"cwd": os.fspath(cwd or os.getcwd()), **template}
-                one["env"] = {**env, **(template.get("env") or {})}
-                one.setdefault("stdout", f"{base}.{rank}.stdout")
-                one.setdefault("stderr", f"{base}.{rank}.stderr")
-                jobs.append((1, one))
-        return jobs
+        templates: list[dict[str, Any]] = []
+        for count, given in templates_of(options, need.ranks) or [(need.ranks, {})]:
+            for rank in range(len(templates), len(templates) + count):
+                template: dict[str, Any] = {"cwd": os.fspath(cwd or os.getcwd()), **given}
+                template["env"] = {**env, **(given.get("env") or {})}
+                template.setdefault("stdout", f"{base}.{rank}.stdout")
+                template.setdefault("stderr", f"{base}.{rank}.stderr")
+                templates.append(template)
+        return templates
 
 
 def is_job(task: Task, options: Mapping[str, Any]) -> bool:
@@ -215,27 +164,25 @@ def is_job(task: Task, options: Mapping[str, Any]) -> bool:
     return bool(asked or templates or options.get("isolated"))
 
 
-def wants_places(need: Resources | None) -> bool:
-    """Whether a task's ranks shall have cores and GPUs to themselves."""
-    return need is not None and (need.cores_per_rank > 1 or need.gpus_per_rank > 0)
+def templates_of(options: Mapping[str, Any], ranks: int) -> list[tuple[int, Template]]:
+    """Return the process templates among options, each with the number of its ranks.
 
-
-def templates_of(options: Mapping[str, Any], ranks: int = 1) -> list[tuple[int, Mapping[str, Any]]]:
-    """The process templates among options, with how many ranks each is for: `ranks` for one."""
+    A single `process_template` is for all `ranks`.
+    """
     if (one := options.get("process_template")) is not None:
         return [(ranks, one)]
     return list(options.get("process_templates") or ())
 
 
-def host_of(template: Mapping[str, Any]) -> str | None:
-    """The host that the policy of a process template names."""
+def host_of(template: Template) -> str | None:
+    """Return the host that the policy of a process template names."""
     return getattr(template.get("policy"), "host_name", None) or None
 
 
 _PLAIN = frozenset({int, float, str, bytes, bool, type(None)})
 
 
-def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
+def _pack_call(task: Task, pickled: dict[int, bytes]) -> bytes:
     """Pickle function and arguments; a function once per burst."""
     function = task["function"]
     args, kwargs = inputs_of(task)
@@ -250,10 +197,10 @@ def _call(task: Task, pickled: dict[int, bytes]) -> bytes:
     return first + rest
 
 
-def _program(
+def _executable(
     task: Task, options: Mapping[str, Any], need: Resources | None, folder: str | None
 ) -> dict[str, Any]:
-    """An executable as the local backend on a node takes it: a plain dict of plain values."""
+    """Return an executable as the local backend on a node takes it: a dict of plain values."""
     kept = {name: options[name] for name in EXECUTABLE_OPTIONS.keys() & options.keys()}
     env = {**((need and need.env) or {}), **(options.get("env") or {})}
     cwd = options.get("cwd") or (need and need.cwd) or folder or os.getcwd()

@@ -1,154 +1,127 @@
-"""What of the Dragon backends runs on the nodes: orders in, news out, and an agent on each.
+"""Runs tasks on a node: in the workers of a Batch or of a pool, and as ranks of a job.
 
-A worker of Dragon's runs a function on its own thread, as one of Dragon's, so that the function
-can use what Dragon offers; an executable runs under the local backend in that worker. What the
-worker runs it notes in a file of the node, where the agent sees it: so the agent tells what has
-begun, and which task a worker has taken down with it.
-
-News are bytes on a native queue: a pickled list of tuples, the word first.
+A worker runs a function on its own thread, as one of Dragon's, so that the function can use what
+Dragon offers; an executable runs under the local backend in that worker. The number of the task
+that it runs it writes to a file in the node's directory, where the agent reads it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import os
 import pickle
-import queue as queues
-import re
-import select
-import shutil
 import socket
-import sys
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any, NamedTuple
+from typing import Any
 
-from rhapsody.launch.dragon.pmix import can_load_pmix
 from rhapsody.runtime import serialization
 from rhapsody.runtime.local.calls import is_coroutine
-from rhapsody.runtime.machine.hardware import granted_cores
 
-__all__ = ["GroupJoinPatch", "RunContext", "TaskMessage", "agent", "run_order", "run_rank"]
+from .context import GRACE, NativeQueue, RunContext, node_directory, revoked_path
+from .messages import (
+    CallResult,
+    ExecutableResult,
+    NodeMessage,
+    RankEnded,
+    TaskEnded,
+    TaskMessage,
+    TaskResult,
+    TaskStarted,
+    pack_messages,
+    spill,
+    unpack_task,
+)
 
-#: seconds between SIGTERM and SIGKILL
-GRACE = 2.0
-#: seconds between two beats of a node
-BEAT_EVERY = 0.5
-# Seconds for which the agent waits for a worker's death before it looks for what has begun.
-_LOOK_EVERY = 0.1
-# Bytes of a result from which on it goes through a file: a queue's message lies in shared memory.
-_SPILL = 16 << 20
-# Seconds for the process of a group of ranks to go, when they have ended.
-_GROUP_END = 60.0
-# Dragon cancels by an exception that it raises in the thread, which hears of it when it wakes.
-_LISTEN = 0.1
+__all__ = ["Revoked", "Stopped", "WorkerChannel", "run_rank", "run_task"]
 
-
-class RunContext(NamedTuple):
-    """What everything on the nodes has to know."""
-
-    token: str  # names the folder of each node, and nobody else knows it
-    queue: bytes  # the pickled native queue for news
-
-
-class TaskMessage(NamedTuple):
-    """A task as it travels: a pickled call, or an executable for the local backend there."""
-
-    folder: str  # for output files and large results
-    call: bytes | None = None
-    program: dict[str, Any] | None = None
+# Bytes of a result above which it goes through a file: a queue's message lies in shared memory.
+_LARGEST_RESULT = 16 << 20
+# Dragon cancels by an exception that it raises in a thread, which gets it when it wakes: seconds.
+_WAKE_EVERY = 0.1
 
 
 class Revoked(Exception):  # noqa: N818 - nobody sees it as an error
-    """Raised in place of a task that was cancelled before it began."""
+    """Raised in place of a task that was cancelled before it started."""
 
 
 class Stopped(BaseException):
     """Raised in a task that is cancelled while it runs, by a signal to its worker."""
 
 
-def _folder(site: RunContext) -> str:
-    """The folder of this node: of this user alone, and in no way to be guessed.
+class WorkerChannel:
+    """What a worker process has for its tasks: the file of its task, and the way to the driver.
 
-    Of this node alone, even if all have one file system for what is temporary.
+    Args:
+        context: of the backend.
+        executor: the number of the executor that the worker belongs to.
     """
-    return os.path.join(tempfile.gettempdir(), f"rhapsody-{site.token}-{socket.gethostname()}")
 
-
-def _revoked(folder: str, crew: int, number: int | None = None) -> str:
-    """The file that tells that a task, or all of a crew, must not begin any more."""
-    return os.path.join(folder, f"revoked-{crew}" + (f"-{number}" if number else ""))
-
-
-# ---------------------------------------------------------------------- a worker of Dragon's
-
-
-class _WorkerChannel:
-    """Of a worker process: where it notes what it runs, and how it sends news."""
-
-    def __init__(self, site: RunContext, crew: int) -> None:
-        self.queue = pickle.loads(site.queue)
-        self.crew = crew
-        self.folder = _folder(site)
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        path = os.path.join(self.folder, f"worker-{crew}-{os.getpid()}")
-        self._note = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        self._local: _Local | None = None
+    def __init__(self, context: RunContext, executor: int) -> None:
+        self.directory = node_directory(context)
+        self._queue: NativeQueue = pickle.loads(context.queue)
+        self._executor = executor
+        self._hostname = socket.gethostname()
+        os.makedirs(self.directory, mode=0o700, exist_ok=True)
+        path = os.path.join(self.directory, f"worker-{executor}-{os.getpid()}")
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self._local: _LocalBackend | None = None
 
     def begin(self, number: int) -> None:
-        """Note a task, then see whether it was revoked: who revokes looks in the other order."""
-        os.pwrite(self._note, number.to_bytes(8, "big"), 0)
-        if os.path.exists(_revoked(self.folder, self.crew)) or os.path.exists(
-            _revoked(self.folder, self.crew, number)
+        """Write down a task, then see whether it is revoked; the agent does it the other way round.
+
+        Raises:
+            Revoked: it must not start.
+        """
+        os.pwrite(self._file, number.to_bytes(8, "big"), 0)
+        if os.path.exists(revoked_path(self.directory, self._executor)) or os.path.exists(
+            revoked_path(self.directory, self._executor, number)
         ):
             self.end()
             raise Revoked(number)
 
-    def end(self) -> None:
-        os.pwrite(self._note, bytes(8), 0)
-
-    def send(self, *news: tuple[Any, ...]) -> None:
-        self.queue.put(pickle.dumps(news, pickle.HIGHEST_PROTOCOL))
-
-    @property
-    def local(self) -> _Local:
+    def run(self, number: int, message: TaskMessage) -> TaskResult:
+        """Run a task to its end."""
+        if message.call is not None:
+            return run_call(message.call, os.path.join(message.directory, f".{number}.result"))
         if self._local is None:
-            self._local = _Local()
-        return self._local
+            self._local = _LocalBackend()
+        return self._local.run(message)
+
+    def end(self) -> None:
+        """Write down that no task runs."""
+        os.pwrite(self._file, bytes(8), 0)
+
+    def report_end(self, number: int, result: TaskResult, began: float) -> None:
+        """Send how a task ended that `began` at this time of `time.monotonic()`."""
+        self.send(TaskEnded(number, result, self._hostname, time.monotonic() - began))
+
+    def send(self, message: NodeMessage) -> None:
+        """Send a message to the driver."""
+        self._queue.put(pack_messages(message))
 
 
-_desks: dict[tuple[RunContext, int], _WorkerChannel] = {}
+_channels: dict[tuple[RunContext, int], WorkerChannel] = {}
 
 
-def run_order(site: RunContext, crew: int, number: int, data: bytes) -> None:
-    """Run a task in this worker of Dragon's, one of this crew, and send how it ended."""
-    order = TaskMessage(*pickle.loads(data))
-    desk = _desks.get((site, crew))
-    if desk is None:
-        desk = _desks[site, crew] = _WorkerChannel(site, crew)
+def run_task(context: RunContext, executor: int, number: int, data: bytes) -> None:
+    """Run a task in this worker of a Batch, and send how it ended."""
+    channel = _channels.get((context, executor))
+    if channel is None:
+        channel = _channels[context, executor] = WorkerChannel(context, executor)
     began = time.monotonic()
-    desk.begin(number)
+    channel.begin(number)
     try:
-        if order.call is not None:
-            end: Any = run_call(order.call, os.path.join(order.folder, f".{number}.result"))
-        else:
-            end = desk.local.run(order)
-        seconds = time.monotonic() - began
-        desk.send(("ended", number, end, socket.gethostname(), seconds))
+        channel.report_end(number, channel.run(number, unpack_task(data)), began)
     finally:
-        desk.end()
+        channel.end()
 
 
-def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
-    """Run a pickled call and return whether it returned, and its pickled result or exception.
-
-    A result that is large goes to a file at `path`, which is returned in its place.
-    """
+def run_call(call: bytes, path: str) -> CallResult:
+    """Run a pickled call; a large result goes to a file at `path`."""
     try:
         size = int.from_bytes(call[:4], "big")
         function = serialization.loads(call[4 : 4 + size], "function")
@@ -164,41 +137,37 @@ def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
         # SystemExit too: it is the function that ends, not the process.
         trace = error.__traceback__
         error.__traceback__ = trace.tb_next if trace is not None else None
-        return False, serialization.pack_exception(error)
-    if len(data) < _SPILL:
-        return True, data
-    with open(path, "wb") as file:
-        file.write(data)
-    return True, path
+        return CallResult(False, serialization.pack_exception(error))
+    return CallResult(True, spill(data, path, _LARGEST_RESULT))
 
 
-class _Local:
+class _LocalBackend:
     """The local backend in a worker of Dragon's, on an event loop of its own."""
 
     def __init__(self) -> None:
         from rhapsody.backends.execution.concurrent import ConcurrentExecutionBackend
 
-        self.folder = os.getcwd()
+        self.directory = os.getcwd()
         self.end: Future[tuple[str, dict[str, Any]]] = Future()
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True, name="rhapsody-local").start()
         self.backend = ConcurrentExecutionBackend(name="dragon", slots=1, grace=GRACE)
-        self.backend.attach("dragon", self._hear, lambda: self.folder)
+        self.backend.attach("dragon", self._listen, lambda: self.directory)
 
-    def run(self, order: TaskMessage) -> tuple[str, dict[str, Any]]:
-        """Run an executable to its end, and return its state and its fields."""
+    def run(self, message: TaskMessage) -> ExecutableResult:
+        """Run an executable to its end."""
         self.end = Future()
-        self.folder = order.folder
-        task = {**(order.program or {})}
+        self.directory = message.directory
+        task = {**(message.executable or {})}
         submit = asyncio.run_coroutine_threadsafe(self.backend.submit_tasks([task]), self.loop)
         try:
             submit.result()
             while True:
                 with contextlib.suppress(TimeoutError):
-                    state, fields = self.end.result(_LISTEN)
+                    state, fields = self.end.result(_WAKE_EVERY)
                     break
         except BaseException:
-            # It is cancelled. First the child ends, then that is true.
+            # It is cancelled, which is true only when the child has ended.
             submit.exception()  # wait for it, if it was interrupted
             stop = self.backend.cancel_task(task["uid"])
             asyncio.run_coroutine_threadsafe(stop, self.loop).result()
@@ -207,193 +176,28 @@ class _Local:
             fields["exception"] = serialization.pack_exception(error)
         for name in ("started", "ended"):  # of this machine's clock
             fields.pop(name, None)
-        return state, fields
+        return ExecutableResult(state, fields)
 
-    def _hear(self, burst: Sequence[tuple[Any, str, Any]]) -> None:
+    def _listen(self, burst: Sequence[tuple[Any, str, Any]]) -> None:
         self.backend._work_dir = None  # the next task may be another session's
         for _, state, fields in burst:
             if state != "RUNNING" and not self.end.done():
                 self.end.set_result((state, dict(fields or {})))
 
 
-def run_rank(site: RunContext, number: int, rank: int, call: bytes | str, path: str) -> None:
+def run_rank(context: RunContext, number: int, rank: int, call: bytes | str, path: str) -> None:
     """Run a function as a rank, in a process that Dragon started for it, and send its result.
 
-    A call that is large is in a file, of which it is the path.
+    Args:
+        context: of the backend.
+        number: of the task.
+        rank: of this process.
+        call: the pickled call, or the path of a file with it, which all ranks read.
+        path: where a large result goes, without the number of the rank.
     """
-    queue = pickle.loads(site.queue)
+    queue: NativeQueue = pickle.loads(context.queue)
     if isinstance(call, str):
         with open(call, "rb") as file:
             call = file.read()
-    queue.put(pickle.dumps([("begun", number, socket.gethostname())]))
-    said = run_call(call, f"{path}.{rank}")
-    queue.put(pickle.dumps([("rank", number, rank, said)]))
-
-
-class GroupJoinPatch:
-    """Part of a job's template. The worker of Batch that unpickles it waits as it should.
-
-    When the ranks have ended, that worker closes their group, and gives it 5 s. With PMIx over
-    several nodes the group's own process takes 2 to 10 s, and then an error takes the place of the
-    exit codes, which are lost.
-
-    While they run it asks every 0.1 s whether they have ended, and hears nothing, as a rule. Where
-    both are slow it hears that they have not, in which Dragon looks for a traceback that is not
-    there ("'NoneType' object is not subscriptable"), and the job fails.
-
-    There is no public way to tell Batch; read in 0.15.0.
-    """
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _be_patient, ()
-
-
-def _be_patient() -> GroupJoinPatch:
-    groups: Any = importlib.import_module("dragon.native.process_group")
-    process: Any = importlib.import_module("dragon.globalservices.process")
-
-    def join(puid: int, timeout: float) -> Any:
-        """Wait for the process of this one group, and longer if its ranks ended by themselves."""
-        groups.process_join = process.join
-        cancelled = sys.exc_info()[0] is not None  # then nobody asks for exit codes, but how soon
-        return process.join(puid, timeout=timeout if cancelled else _GROUP_END)
-
-    # The only use of it there is that wait.
-    groups.process_join = join
-    if groups.ProcessGroup.join.__module__ != __name__:
-        groups.ProcessGroup.join = _hears_of_time(groups.ProcessGroup.join)
-    return GroupJoinPatch()
-
-
-def _hears_of_time(join: Callable[..., None]) -> Callable[..., None]:
-    def join_in_time(group: Any, timeout: float | None = None) -> None:
-        try:
-            join(group, timeout)
-        except TypeError as error:
-            if "subscriptable" not in str(error):
-                raise
-            raise TimeoutError from None
-
-    return join_in_time
-
-
-# ---------------------------------------------------------------------- the agent of a node
-
-
-class _Worker:
-    """A worker process of this node, held by a descriptor that tells of its end."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-        _, crew, pid = os.path.basename(path).split("-")
-        self.crew = int(crew)
-        self.pid = int(pid)
-        self.told = 0
-        self.pidfd = -1
-        with contextlib.suppress(ProcessLookupError):  # it has died before it was ever seen
-            self.pidfd = os.pidfd_open(self.pid)
-
-    def runs(self) -> int:
-        """The number of the task that it runs, or ran last; 0 for none."""
-        with open(self.path, "rb") as file:
-            return int.from_bytes(file.read(8), "big")
-
-
-def agent(site: RunContext, orders: bytes, host: str) -> None:
-    """Send beats, what has begun, and which workers died; obey: a process on each node."""
-    _Agent(site, pickle.loads(orders), host).run()
-
-
-def _first_thread(cpu: int) -> tuple[int, int]:
-    """Sort hardware threads of one core together."""
-    try:
-        with open(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list") as file:
-            return int(re.split("[,-]", file.read())[0]), cpu
-    except (OSError, ValueError):  # no such file in here: each is a core
-        return cpu, cpu
-
-
-class _Agent:
-    def __init__(self, site: RunContext, orders: Any, host: str) -> None:
-        self.news = pickle.loads(site.queue)
-        self.orders = orders
-        self.host = host  # as Dragon calls it, which is localhost where it is alone
-        self.name = socket.gethostname()
-        self.folder = _folder(site)
-        self.workers: dict[str, _Worker] = {}
-        self.poll = select.poll()
-
-    def run(self) -> None:
-        os.makedirs(self.folder, mode=0o700, exist_ok=True)
-        self.news.put(pickle.dumps([("facts", self.host, self._facts())]))
-        next_beat = 0.0
-        try:
-            while True:
-                dead = self._wait()
-                news = self._look()
-                news += [one for worker in dead for one in self._bury(worker)]
-                order = self._order()
-                if order == "leave":
-                    return
-                if order is not None:
-                    news.append(self._revoke(*order))
-                if time.monotonic() >= next_beat:
-                    next_beat = time.monotonic() + BEAT_EVERY
-                    news.append(("beat", self.host))
-                if news:
-                    self.news.put(pickle.dumps(news))
-        finally:
-            shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _facts(self) -> dict[str, Any]:
-        """What the driver has to know of this node."""
-        # Dragon itself, whose process here started this one, would load the library as we do.
-        return {
-            "pid": os.getpid(),
-            "cpus": sorted(granted_cores(), key=_first_thread),
-            "pmix": can_load_pmix(),
-        }
-
-    def _wait(self) -> list[_Worker]:
-        """Wait for the end of a worker, not for long, and return those that have ended."""
-        ended = {-1, *(fd for fd, _ in self.poll.poll(_LOOK_EVERY * 1000))}
-        return [worker for worker in self.workers.values() if worker.pidfd in ended]
-
-    def _look(self) -> list[tuple[Any, ...]]:
-        """Find new workers, and tell what has begun."""
-        with os.scandir(self.folder) as entries:
-            names = [e.path for e in entries if e.name.startswith("worker-")]
-        for path in names:
-            if path not in self.workers:
-                worker = self.workers[path] = _Worker(path)
-                if worker.pidfd >= 0:
-                    self.poll.register(worker.pidfd, select.POLLIN)
-        begun = []
-        for worker in self.workers.values():
-            number = worker.runs()
-            if number and number != worker.told:
-                worker.told = number
-                begun.append(("begun", number, self.name))
-        return begun
-
-    def _bury(self, worker: _Worker) -> list[tuple[Any, ...]]:
-        if worker.pidfd >= 0:
-            self.poll.unregister(worker.pidfd)
-            os.close(worker.pidfd)
-        del self.workers[worker.path]
-        number = worker.runs()
-        os.unlink(worker.path)
-        return [("lost", number, self.name, worker.crew, worker.pid)]
-
-    def _order(self) -> Any:
-        try:
-            return self.orders.get_nowait()
-        except queues.Empty:
-            return None
-
-    def _revoke(self, crew: int, number: int | None) -> tuple[Any, ...]:
-        """Let a task, or all of a crew, not begin here any more, and tell what runs."""
-        with open(_revoked(self.folder, crew, number), "wb"):
-            pass
-        runs = [worker.runs() for worker in self.workers.values() if worker.crew == crew]
-        return ("revoked", (crew, number), self.host, runs)
+    queue.put(pack_messages(TaskStarted(number, socket.gethostname())))
+    queue.put(pack_messages(RankEnded(number, rank, run_call(call, f"{path}.{rank}"))))
