@@ -25,7 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from rhapsody.runtime.local import descendants
-from rhapsody.runtime.local.warden import __main__ as warden
+from rhapsody.runtime.local.warden.process_tree import processes
 
 from . import workflow_runner as head
 from .dragon import node_supervisor as keeper
@@ -452,7 +452,7 @@ def _end_all(job: Job, folder: str, segments: Segments) -> None:
 
 def _children() -> list[int]:
     me = os.getpid()
-    return [pid for pid, (parent, *_) in warden.processes().items() if parent == me]
+    return [pid for pid, process in processes().items() if process.parent == me]
 
 
 def _runs_python(pid: int) -> bool:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 
 from rhapsody.launch.dragon.shared_memory import Segments
 
-from .warden import __main__ as warden
+from .warden import process_tree
 
 __all__ = ["adopt", "end_all", "pids", "reap", "wait_for_end"]
 
@@ -33,7 +33,7 @@ def adopt() -> None:
 
 def pids() -> list[int]:
     """Pids of all that is below this process and has not ended."""
-    return warden.descendants([os.getpid()], warden.processes())
+    return process_tree.descendants([os.getpid()], process_tree.processes())
 
 
 def reap() -> Iterator[tuple[int, int]]:

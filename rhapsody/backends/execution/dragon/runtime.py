@@ -239,9 +239,9 @@ class Runtime:
             await self._children.close()
 
     def _kill(self, root: int) -> None:
-        from rhapsody.runtime.local.warden import __main__ as warden
+        from rhapsody.runtime.local.warden.process_tree import descendants, suspend
 
-        members = warden.hold(lambda table: {root, *warden.descendants([root], table)})
+        members = suspend(lambda table: {root, *descendants([root], table)})
         if self._segments is not None:
             self._segments.look(members)
         for pid in members:
