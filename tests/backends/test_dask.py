@@ -203,7 +203,7 @@ def test_output_of_a_worker_that_shares_no_files_comes_to_the_client(
 ) -> None:
     async def scenario(session: Session, backend: Any) -> None:
         # As for a worker in a container: the marker that it looks for is not there.
-        monkeypatch.setattr(backend._packer, "_mark", lambda: "/nonexistent/marker")
+        monkeypatch.setattr(backend._serializer, "_marker_path", lambda: "/nonexistent/marker")
         captured, large = await ended(
             session,
             ComputeTask(executable="echo", arguments=["far"], capture_stdio=True),
@@ -476,7 +476,7 @@ def test_a_cluster_without_workers_is_waited_for(tmp_path: Path) -> None:
                 assert isinstance(lost.exception, BackendError)
                 assert lost.exception.transient
                 assert "no worker" in str(lost.exception)
-                backend._worker_timeout = 60.0
+                backend._capacity.timeout = 60.0
                 task = ComputeTask(function=add, args=(1,))
                 await session.submit_tasks([task])
                 cluster.scale(1)
@@ -568,7 +568,7 @@ def test_an_interrupted_connection_fails_what_is_in_flight(run: Any) -> None:
         tasks = [ComputeTask(function=time.sleep, args=(i and 1.5,)) for i in range(6)]
         await session.submit_tasks(tasks)
         await until(lambda: tasks[0].done() and tasks[1].state == "RUNNING")
-        await backend._engine.call(backend.client.scheduler_comm.comm.abort)
+        backend.client.loop.add_callback(backend.client.scheduler_comm.comm.abort)
         await session.wait_tasks(tasks, timeout=30)
         for task in tasks[1:]:
             assert isinstance(task.exception, BackendError), task
@@ -782,9 +782,9 @@ def test_the_children_of_a_killed_worker_go_with_it(
         await session.submit_tasks([task])
         await until(lambda: task.state == "RUNNING")
         first = int((tmp_path / "pids").read_text().split()[0])
-        flight = backend._by_uid[task.uid]
+        worker = backend._by_uid[task.uid].worker
         pids = await asyncio.to_thread(backend.client.run, os.getpid)
-        os.kill(pids[flight.worker], signal.SIGKILL)
+        os.kill(pids[worker], signal.SIGKILL)
         await until(lambda: not alive(first), 10)
         await until(lambda: len((tmp_path / "pids").read_text().split()) == 2)  # Dask runs it again
         assert await session.cancel(task) is True
@@ -931,7 +931,7 @@ def test_bursts_cost_messages_by_the_burst(run: Any, cluster: Any) -> None:
             cluster.scheduler.remove_plugin(name=counter.name)
         assert counter.graphs <= 5
         assert len(cluster.scheduler.get_events(backend._plugin)) < 1000
-        assert not backend._flights
+        assert not backend._pending
         await until(lambda: not backend._by_uid)
 
     run(scenario)
