@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 import rhapsody
+from functions import double, fail, noop
 from manual import ManualBackend
 from rhapsody.api import (
     BackendError,
@@ -38,18 +39,6 @@ from rhapsody.backends import (
 )
 
 THIRD_PARTY = Path(__file__).parents[1] / "thirdparty"
-
-
-def double(x: int) -> int:
-    return 2 * x
-
-
-def fail() -> None:
-    raise KeyError("as it was told to")
-
-
-def noop() -> None:
-    return None
 
 
 # ---------------------------------------------------------------------- a third party's backend

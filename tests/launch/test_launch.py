@@ -17,15 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from processes import (
-    Roster,
-    command_line,
-    descendants_of,
-    driver_of,
-    gone,
-    readable,
-    roster_in,
-)
+from fifos import Fifo, readable
+from processes import command_line, descendants_of, driver_of, gone
 from rhapsody.launch.dragon import command as dragon_command
 from rhapsody.launch.dragon.output import LauncherOutput
 from rhapsody.launch.dragon.shared_memory import Segments
@@ -275,10 +268,10 @@ elif what == "words":
 
 
 @pytest.fixture
-def roster(tmp_path: Path) -> Iterator[Roster]:
+def roster(tmp_path: Path) -> Iterator[Fifo]:
     (tmp_path / "standin.py").write_text(STAND_IN)
     (tmp_path / "workflow.py").write_text(WORKFLOW)
-    with roster_in(tmp_path) as roster:
+    with Fifo(tmp_path / "roster") as roster:
         yield roster
 
 
@@ -286,7 +279,7 @@ Driver = asyncio.subprocess.Process
 
 
 def launched(
-    roster: Roster,
+    roster: Fifo,
     *what: str,
     several: bool = False,
     monkeypatch: pytest.MonkeyPatch,
@@ -300,7 +293,7 @@ def launched(
     return str(folder / "standin.py"), str(int(several)), *words
 
 
-async def ended(driver: Driver, roster: Roster) -> tuple[int, str, str]:
+async def ended(driver: Driver, roster: Fifo) -> tuple[int, str, str]:
     """Exit code, stdout and stderr; and nothing is left of it."""
     out, err = await asyncio.wait_for(driver.communicate(), 60)
     await roster.empty()
@@ -314,7 +307,7 @@ async def ended(driver: Driver, roster: Roster) -> tuple[int, str, str]:
     ("what", "code"), [(["code", "0"], 0), (["code", "7"], 7), (["hard"], 3), (["kill"], 137)]
 )
 async def test_the_workflows_exit_code_is_ours(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch, what: list[str], code: int, several: bool
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch, what: list[str], code: int, several: bool
 ) -> None:
     # On several nodes Dragon's launcher says nothing, and ends with 0.
     wish = "silent zero" if several else ""
@@ -330,7 +323,7 @@ async def test_the_workflows_exit_code_is_ours(
 
 
 async def test_arguments_and_output_arrive_as_they_are(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--x", "a b", "", "$HOME", "-s", "é"]
     line = launched(roster, "words", *words, monkeypatch=monkeypatch, ENDED="1000")
@@ -345,7 +338,7 @@ async def test_arguments_and_output_arrive_as_they_are(
     ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 async def test_a_signal_lets_the_workflow_close(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch, number: int, code: int, several: bool
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch, number: int, code: int, several: bool
 ) -> None:
     line = launched(
         roster, "wait", several=several, monkeypatch=monkeypatch, ASKED="1000", BEAT="0.1"
@@ -362,7 +355,7 @@ async def test_a_signal_lets_the_workflow_close(
 
 @pytest.mark.parametrize("end", [False, True])
 async def test_in_an_image_the_process_outside_has_the_say(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch, end: bool
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch, end: bool
 ) -> None:
     """By stdin: the numbers of signals, and its end. A signal is the runner's copy of one."""
     line = launched(roster, "wait", monkeypatch=monkeypatch, ASKED="1000", OUTSIDE="none")
@@ -385,7 +378,7 @@ async def test_in_an_image_the_process_outside_has_the_say(
 
 @pytest.mark.parametrize("wish", ["", "deaf agent"])
 async def test_a_workflow_that_goes_on_and_then_a_launcher_that_may_too(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch, wish: str
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
     line = launched(roster, "stubborn", monkeypatch=monkeypatch, ASKED="0.2", TOLD="1", WISH=wish)
     async with driver_of(DRIVER, *line) as driver:
@@ -398,7 +391,7 @@ async def test_a_workflow_that_goes_on_and_then_a_launcher_that_may_too(
 
 
 async def test_a_second_signal_ends_all_at_once(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = launched(
         roster, "stubborn", monkeypatch=monkeypatch, ASKED="1000", TOLD="1000", WISH="deaf agent"
@@ -414,7 +407,7 @@ async def test_a_second_signal_ends_all_at_once(
 
 @pytest.mark.parametrize("wish", ["hang", "hang silent", "hang silent deaf agent"])
 async def test_a_launcher_that_stays_after_the_workflow_is_ended(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch, wish: str
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
     for several in (False, True):
         line = launched(
@@ -435,7 +428,7 @@ async def test_a_launcher_that_stays_after_the_workflow_is_ended(
 
 
 async def test_a_workflow_on_another_host_that_gives_no_sign_of_life(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its node is lost: here, the head is stopped, and with it the beat."""
     line = launched(
@@ -451,7 +444,7 @@ async def test_a_workflow_on_another_host_that_gives_no_sign_of_life(
 
 
 async def test_an_end_that_nobody_reported_is_no_success(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = launched(
         roster, "wait", several=True, monkeypatch=monkeypatch, WISH="silent zero", BEAT="0.1"
@@ -468,7 +461,7 @@ async def test_an_end_that_nobody_reported_is_no_success(
 @pytest.mark.parametrize("several", [False, True])
 @pytest.mark.parametrize("victim", ["caller", "supervisor", "launcher"])
 async def test_whoever_is_killed_all_the_others_go(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch, victim: str, several: bool
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch, victim: str, several: bool
 ) -> None:
     line = launched(
         roster,
@@ -492,7 +485,7 @@ async def test_whoever_is_killed_all_the_others_go(
 
 
 async def test_output_that_nobody_reads_stops_nothing(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A closed pipe is the workflow's no matter; a full one lets a second signal through."""
     flood = roster.path.parent / "flood.py"

@@ -76,7 +76,10 @@ def _wheels() -> Path:
         pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "wheel"]
         wanted = [f"{ROOT}[dev,demo]", "pip"]
         done = subprocess.run(
-            [*pip, "--wheel-dir", str(fresh), *wanted], capture_output=True, text=True
+            [*pip, "--wheel-dir", str(fresh), *wanted],
+            capture_output=True,
+            text=True,
+            timeout=900,
         )
         if done.returncode:
             raise RuntimeError(done.stderr)

@@ -51,10 +51,6 @@ async def add_later(a: int, b: int = 1) -> int:
     return a + b
 
 
-def raise_key_error() -> None:
-    raise KeyError("nope")
-
-
 class OnlyThere:
     """Comes to life on a worker, and nowhere else."""
 

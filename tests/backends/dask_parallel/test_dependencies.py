@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from functions import fail
 from rhapsody.api import ComputeTask, Session
 from rhapsody.api.errors import DependencyError, SerializationError, TaskExecutionError
 
-from .helpers import OnlyThere, add, ended, options, raise_key_error, until
+from .helpers import OnlyThere, add, ended, options, until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -63,7 +64,7 @@ def test_dependencies_of_executables_and_chains(run: Any) -> None:
 
 def test_a_parent_that_fails_fails_its_children(run: Any) -> None:
     async def scenario(session: Session, _: Any) -> None:
-        bad = ComputeTask(function=raise_key_error)
+        bad = ComputeTask(function=fail)
         child = ComputeTask(function=add, args=(bad,))
         grandchild = ComputeTask(function=add, args=(child,))
         program = ComputeTask(executable="false")

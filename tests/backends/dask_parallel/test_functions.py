@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 
+from functions import fail
 from rhapsody.api import ComputeTask, Session
 from rhapsody.api.errors import SerializationError
 from rhapsody.backends.execution.dask_parallel import DaskExecutionBackend
 
-from .helpers import OnlyThere, add, add_later, ended, raise_key_error, until
+from .helpers import OnlyThere, add, add_later, ended, until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -92,14 +93,14 @@ def test_a_function_raises_its_own_exception(run: Any) -> None:
     async def scenario(session: Session, _: Any) -> None:
         key, custom, lock, ends = await ended(
             session,
-            ComputeTask(function=raise_key_error),
+            ComputeTask(function=fail, args=("nope",)),
             ComputeTask(function=raise_needs_arguments),
             ComputeTask(function=raise_with_lock),
             ComputeTask(function=sys.exit, args=(3,)),
         )
         with pytest.raises(KeyError, match="nope"):
             await key
-        assert "raise_key_error" in str(key.stderr)
+        assert "in fail" in str(key.stderr)
         assert isinstance(custom.exception, NeedsArguments)
         assert custom.exception.code == 7
         assert isinstance(lock.exception, ValueError)

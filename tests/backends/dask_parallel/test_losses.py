@@ -17,6 +17,7 @@ from typing import Any
 import dask
 import pytest
 
+from functions import die
 from rhapsody.api import ComputeTask, Session
 from rhapsody.api.errors import BackendError, WorkerLostError
 from rhapsody.backends.execution.dask_parallel import DaskExecutionBackend
@@ -24,10 +25,6 @@ from rhapsody.backends.execution.dask_parallel import DaskExecutionBackend
 from .helpers import LocalCluster, add, alive, ended, options, until
 
 pytestmark = pytest.mark.timeout(180)
-
-
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def die_once(marker: str) -> str:

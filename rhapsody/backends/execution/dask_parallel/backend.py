@@ -22,7 +22,8 @@ from rhapsody.runtime.errors import BackendError, RhapsodyError
 from .capacity import WorkerCapacity
 from .connection import DaskConnection
 from .messages import CompletedKey, Message
-from .task import DASK_KEYS, PROGRAM_KEYS, DaskTask, PendingTasks, TaskResult, check_options
+from .options import OPTIONS, check_options
+from .task import DaskTask, PendingTasks, TaskResult
 
 if TYPE_CHECKING:
     from .cancellation import TaskCanceller
@@ -63,7 +64,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     """
 
     kinds = frozenset({"function", "executable"})
-    option_keys: ClassVar[frozenset[str]] = DASK_KEYS | PROGRAM_KEYS
+    option_keys: ClassVar[frozenset[str]] = frozenset(OPTIONS)
     native_dependencies: ClassVar[bool] = True
     supports_implicit_data_linking: ClassVar[bool] = True
     supports_explicit_data_linking: ClassVar[bool] = True

@@ -12,6 +12,7 @@ import importlib
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeVar, cast
 
+from rhapsody.backends.discovery import install_hint
 from rhapsody.runtime.errors import BackendError
 
 from .protocols import Client, Closable
@@ -20,10 +21,6 @@ __all__ = ["DaskConnection", "host_of", "is_reachable"]
 
 T = TypeVar("T")
 
-_INSTALL = (
-    "pip install 'rhapsody-py[dask]', conda install -c conda-forge distributed,"
-    " or spack install py-distributed"
-)
 # Seconds for the client to connect, and for a cluster or client to close.
 _CONNECT_TIMEOUT = 30.0
 _CLOSE_TIMEOUT = 20.0
@@ -67,7 +64,7 @@ class DaskConnection:
         except ImportError as error:
             raise BackendError(
                 f"backend '{self.name}' needs Dask, which is not installed ({error});"
-                f" install it with: {_INSTALL}",
+                f" install it with: {install_hint('dask')}",
                 backend=self.name,
             ) from error
         try:
@@ -144,8 +141,8 @@ class DaskConnection:
             return distributed.Security.temporary()
         except ImportError as error:
             raise BackendError(
-                f"temporary TLS credentials need the package 'cryptography'; {_INSTALL},"
-                " or pass security=None on a machine that you share with nobody",
+                "temporary TLS credentials need the package 'cryptography';"
+                f" {install_hint('dask')}, or pass security=None on a machine that you share with nobody",
                 backend=self.name,
             ) from error
 

@@ -12,7 +12,8 @@ from typing import Any
 from rhapsody.runtime import serialization
 from rhapsody.runtime.arguments import Task, inputs_of, kind_of, map_elements
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
-from rhapsody.runtime.text import argument_str
+from rhapsody.runtime.local.executables import describe
+from rhapsody.runtime.text import argument_str, plain_str
 
 from .capacity import requested_resources
 from .task import DaskTask
@@ -84,30 +85,20 @@ class TaskSerializer:
         task.function = run_function
 
     def _serialize_executable(self, task: DaskTask) -> None:
-        submitted, options = task.submitted, task.options
-        resources = submitted.get("resources")
+        submitted = task.submitted
         task.key = self._key(task, os.path.basename(os.fspath(submitted["executable"])))
-        task.captured = bool(submitted.get("capture_stdio"))
         arguments = [self._resolve(task, argument) for argument in _arguments(submitted)]
-        cwd = options.get("cwd") or (resources and resources.cwd)
-        stdin = options.get("stdin")
+        words = [
+            plain_str(submitted["executable"]),
+            *(arg if isinstance(arg, Slot) else argument_str(arg) for arg in arguments),
+        ]
+        executable = describe(submitted, words=())
+        if isinstance(executable.stdin, str):  # a path, relative to a folder of the client
+            path = os.path.join(executable.cwd or os.getcwd(), executable.stdin)
+            executable = executable._replace(stdin=path)
+        task.captured = executable.capture
         program = Program(
-            plugin=self._plugin,
-            key=task.key,
-            uid=task.uid,
-            argv=[
-                submitted["executable"],
-                *(arg if type(arg) is Slot else argument_str(arg) for arg in arguments),
-            ],
-            shell=bool(options.get("shell")),
-            ranks=resources.ranks if resources else 1,
-            cwd=os.path.abspath(cwd) if cwd else None,
-            env={**((resources and resources.env) or {}), **(options.get("env") or {})},
-            env_replace=bool(options.get("env_replace")),
-            stdin=stdin.encode() if isinstance(stdin, str) else stdin and _path_or_bytes(stdin),
-            capture=task.captured,
-            folder=self._work_dir(),
-            marker=self._marker_path(),
+            self._plugin, task.key, executable, words, self._work_dir(), self._marker_path()
         )
         task.payload = OpaqueBytes(serialization.dumps(program, "executable"))
         task.function = run_program
@@ -164,7 +155,3 @@ def _arguments(submitted: Task) -> Sequence[Any]:
         (submitted.get("arguments") or []) if bound is None else bound["arguments"]
     )
     return given
-
-
-def _path_or_bytes(stdin: Any) -> bytes | str:
-    return stdin if isinstance(stdin, bytes) else os.path.abspath(stdin)

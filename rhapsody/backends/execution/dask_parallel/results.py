@@ -14,14 +14,13 @@ from rhapsody.runtime.errors import (
     DependencyError,
     ResourceError,
     SerializationError,
-    TaskExecutionError,
     WorkerLostError,
 )
 
 from .connection import DaskConnection, host_of, is_reachable
 from .messages import CompletedKey
 from .task import DaskTask, PendingTasks, TaskResult
-from .worker_plugin import CallFailed, Outcome, ProgramFailed, Refused
+from .worker_plugin import CallFailed, ProgramFailed, ProgramResult, Refused
 
 __all__ = ["ResultGatherer"]
 
@@ -151,18 +150,19 @@ class ResultGatherer:
         if isinstance(value, _NotFetched):
             error = value.explain(task, self._connection.name)
             return TaskResult(task, "FAILED", {"exception": error, **fields})
-        if isinstance(value, Outcome):
+        if isinstance(value, ProgramResult):
             return TaskResult(task, "DONE", {**self._output(task, value), **fields})
         return TaskResult(task, "DONE", {"return_value": value, **fields})
 
-    def _output(self, task: DaskTask, outcome: Outcome) -> dict[str, Any]:
+    def _output(self, task: DaskTask, result: ProgramResult) -> dict[str, Any]:
         """Return the result fields of an executable.
 
         Writes the files that its worker would have written, had it seen the session's folder.
         """
+        outcome = result.outcome
         fields: dict[str, Any] = {"exit_code": outcome.exit_code}
         for name in ("stdout", "stderr"):
-            path, data = getattr(outcome, f"{name}_file"), getattr(outcome, f"{name}_bytes")
+            path, data = getattr(outcome, f"{name}_file"), getattr(result, f"{name}_bytes")
             if data is not None:
                 path = os.path.join(self._work_dir(), f"{task.uid}.{name}")
                 with open(path, "wb") as file:
@@ -185,7 +185,7 @@ class ResultGatherer:
         if isinstance(raised, Refused):  # it was to be stopped, and had not started
             return TaskResult(task, "CANCELED")
         if isinstance(raised, ProgramFailed) and raised.key == task.key:
-            return self._executable_failure(task, raised.outcome)
+            return self._executable_failure(task, raised.result)
         if isinstance(raised, CallFailed) and raised.key == task.key:
             return _failed(task, serialization.unpack_exception(raised.packed))
         for parent in task.parents:
@@ -193,13 +193,11 @@ class ResultGatherer:
                 return _failed(task, DependencyError(task.uid, parent.uid, parent.failure))
         return _failed(task, _explain(raised, task, self._connection.name))
 
-    def _executable_failure(self, task: DaskTask, outcome: Outcome) -> TaskResult:
-        error: BaseException | None = outcome.error
-        if outcome.error is not None:
-            outcome.error.backend, outcome.error.host = self._connection.name, outcome.host
-        else:
-            error = TaskExecutionError(task.uid, outcome.stderr, outcome.exit_code)
-        return _failed(task, error, self._output(task, outcome))
+    def _executable_failure(self, task: DaskTask, result: ProgramResult) -> TaskResult:
+        error = result.outcome.error
+        if isinstance(error, BackendError):
+            error.backend, error.host = self._connection.name, result.host
+        return _failed(task, error, self._output(task, result))
 
 
 def _failed(

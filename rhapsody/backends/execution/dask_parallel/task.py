@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from rhapsody.runtime.arguments import Task, kind_of
-from rhapsody.runtime.errors import BackendError, TaskValidationError
+from rhapsody.runtime.arguments import Task
+from rhapsody.runtime.errors import BackendError
 
 from .messages import CompletedKey
+from .options import DASK_OPTIONS, worker_names
 from .protocols import Future
 
 __all__ = [
-    "DASK_KEYS",
-    "PROGRAM_KEYS",
     "DaskTask",
     "GraphKey",
     "PendingTasks",
     "TaskResult",
-    "check_options",
     "with_descendants",
 ]
-
-#: options of executables; the others are Dask's own, and for every task
-PROGRAM_KEYS = frozenset({"cwd", "env", "env_replace", "shell", "stdin"})
-DASK_KEYS = frozenset({"resources", "priority", "retries", "workers", "allow_other_workers", "key"})
 
 
 class DaskTask:
@@ -81,20 +73,17 @@ class DaskTask:
         function = self.function.__name__ if self.function else ""
         if not self.options and not self.resources:
             return GraphKey(self.depth, function)
-        options = {
-            name: repr(self.options[name]) for name in self.options if name in _GRAPH_OPTIONS
-        }
-        return GraphKey(self.depth, function, repr(self.resources), tuple(sorted(options.items())))
+        return GraphKey(self.depth, function, repr(self.resources), repr(self.map_options()))
 
     def map_options(self) -> dict[str, Any]:
         """Return the options that `Client.map` takes as keyword arguments."""
         found = {
             name: self.options[name]
-            for name in sorted(_GRAPH_OPTIONS)
+            for name in _GRAPH_OPTIONS
             if self.options.get(name) is not None
         }
         if isinstance(found.get("workers"), (int, tuple)):  # `Client.map` takes neither
-            found["workers"] = _names_of(found["workers"])
+            found["workers"] = worker_names(found["workers"])
         return found
 
     def cancel_timer(self) -> None:
@@ -104,8 +93,8 @@ class DaskTask:
             self.timer = None
 
 
-# Options that hold for a whole graph.
-_GRAPH_OPTIONS = frozenset({"priority", "retries", "workers", "allow_other_workers"})
+# Options that hold for a whole graph; of the others each task has its own.
+_GRAPH_OPTIONS = sorted(DASK_OPTIONS.keys() - {"key", "resources"})
 
 
 class GraphKey(NamedTuple):
@@ -114,7 +103,7 @@ class GraphKey(NamedTuple):
     depth: int
     function: str
     resources: str = ""
-    options: tuple[tuple[str, str], ...] = ()
+    options: str = ""
 
 
 class TaskResult(NamedTuple):
@@ -180,102 +169,3 @@ def with_descendants(tasks: Iterable[DaskTask]) -> list[DaskTask]:
                 found[child] = None
                 queue.append(child)
     return sorted(found, key=lambda task: task.depth)
-
-
-# ---------------------------------------------------------------------- options
-
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "resources": ((Mapping,), "a dict of numbers, such as {'GPU': 1}"),
-    "priority": (_NUMBER, "a number; higher runs earlier"),
-    "retries": ((int,), "how many more times to run it"),
-    "workers": (
-        (str, int, list, tuple, set),
-        "an address or name of a worker, or a list of them",
-    ),
-    "allow_other_workers": ((bool,), "True or False"),
-    "key": ((str,), "a text that UTF-8 can hold"),
-    "cwd": ((str, os.PathLike), "the path of a folder"),
-    "env": ((Mapping,), "a dict of texts"),
-    "env_replace": ((bool,), "True or False"),
-    "shell": ((bool,), "True or False"),
-    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
-}
-
-
-def _is_text(value: object) -> bool:
-    """Whether it can be a key, or stand in a message: anything else breaks the connection."""
-    if not isinstance(value, str) or not value:
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, from a file name that is no UTF-8
-        return False
-    return True
-
-
-def _names_of(workers: Any) -> list[Any]:
-    return [workers] if isinstance(workers, (str, int)) else list(workers)
-
-
-def _are_workers(value: Any) -> bool:
-    # Those of a `LocalCluster` are named by whole numbers.
-    return all(type(name) is int or _is_text(name) for name in _names_of(value))
-
-
-#: what else must hold of a value that is of the right type
-_SENSIBLE: dict[str, Callable[[Any], bool]] = {
-    "retries": lambda value: value >= 0,
-    "workers": _are_workers,
-    "key": _is_text,
-}
-
-
-def check_options(task: Task, options: Mapping[str, Any]) -> None:
-    """Refuse options of wrong types, or for the wrong kind of task.
-
-    Raises:
-        TaskValidationError: says which, and what is accepted.
-    """
-    uid = task["uid"]
-    for name, value in options.items():
-        kinds, words = _KINDS[name]
-        sensible = _SENSIBLE.get(name)
-        if value is not None and not (
-            isinstance(value, kinds) and (sensible is None or sensible(value))
-        ):
-            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    for name, value in (options.get("resources") or {}).items():
-        if not isinstance(name, str) or not isinstance(value, _NUMBER) or value < 0:
-            raise TaskValidationError(
-                f"task '{uid}': resources must map names to numbers, not {name!r}: {value!r}"
-            )
-    for name, value in (options.get("env") or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or "=" in name:
-            raise TaskValidationError(
-                f"task '{uid}': env must map texts to texts, not {name!r}: {value!r}"
-            )
-    if options.get("allow_other_workers") and options.get("workers") is None:
-        raise TaskValidationError(f"task '{uid}': allow_other_workers needs workers")
-    if kind_of(task) == "function":
-        _check_function(uid, task.get("resources"), options)
-
-
-def _check_function(uid: str, need: Any, options: Mapping[str, Any]) -> None:
-    if wrong := PROGRAM_KEYS & options.keys():
-        raise TaskValidationError(
-            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are for"
-            f" executables; a function takes {', '.join(sorted(DASK_KEYS))}"
-        )
-    if need is None:
-        return
-    if need.ranks > 1:
-        raise TaskValidationError(
-            f"task '{uid}': Dask runs a function as one rank, not {need.ranks}; make it an"
-            " executable, or use a backend with MPI functions"
-        )
-    if need.env or need.cwd:
-        raise TaskValidationError(
-            f"task '{uid}': env and cwd belong to a process, and a Dask worker runs functions on"
-            " its threads; set them for the workers, or make it an executable"
-        )
