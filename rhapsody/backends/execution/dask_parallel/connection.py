@@ -142,7 +142,8 @@ class DaskConnection:
         except ImportError as error:
             raise BackendError(
                 "temporary TLS credentials need the package 'cryptography';"
-                f" {install_hint('dask')}, or pass security=None on a machine that you share with nobody",
+                f" {install_hint('dask')}, or pass security=None on a machine that you share with"
+                " nobody",
                 backend=self.name,
             ) from error
 
