@@ -9,6 +9,7 @@ import json
 import math
 import os
 import sys
+
 import click
 
 from rhapsody import __version__

@@ -125,9 +125,9 @@ def _apply_idle_patches(environ: dict[str, str]) -> None:
     """Patch Dragon in every Python that is started with this environment, and print that it is."""
     from rhapsody.launch.dragon import idle_patches
 
+    version = idle_patches.VERSION
     click.echo(
-        f"rhapsody: --small-machine: Dragon {idle_patches.VERSION}, patched to sleep while it waits",
-        err=True,
+        f"rhapsody: --small-machine: Dragon {version}, patched to sleep as it waits", err=True
     )
     folder = os.path.join(os.path.dirname(idle_patches.__file__), "_sitecustomize")
     rest = environ.get("PYTHONPATH")

@@ -36,7 +36,7 @@ class SessionMonitor:
         self._sessions.append(session)
 
     def live_text(self) -> str:
-        """A line per backend of the sessions at work, for a terminal; called from another thread."""
+        """A line per backend of the sessions at work; called from another thread."""
         table = Table.grid(padding=(0, 2, 0, 0))
         for _ in range(4):
             table.add_column(no_wrap=True)

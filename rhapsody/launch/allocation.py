@@ -1,4 +1,4 @@
-"""The nodes that a workload manager, Slurm or PBS, has granted to the job that this process is in."""
+"""Reads from the environment which nodes Slurm or PBS has granted to the job around this process."""
 
 from __future__ import annotations
 

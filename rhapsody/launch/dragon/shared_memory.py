@@ -3,7 +3,7 @@
 Read in dragonhpc 0.15.0: a pool is a file whose name begins with `_D` or `D` and has the last three
 digits of the ids of the user and of the process (`facts.runtime_pool_name`), so that the name does
 not tell which run it belongs to. A file belongs to a run if it was not there before the run and a
-process of the run has mapped it. `dragon-cleanup` checks neither, and removes all that the user has.
+process of the run has mapped it. `dragon-cleanup` checks neither and removes all of the user's.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class _FileId(NamedTuple):
 
 
 class SegmentTracker:
-    """Finds Dragon's shared memory segments that the run below this process makes, and unlinks them.
+    """Finds the segments of Dragon's that the run below this process makes, and unlinks them.
 
     Make it before the run starts: what is there then belongs to others.
     """
