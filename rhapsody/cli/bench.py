@@ -85,7 +85,7 @@ def measure(workload: Workload, *, repeat: int = 5, scale: float = 1.0) -> Measu
     return Measurement(workload, tasks, statistics.median(ours), statistics.median(raw), ratios)
 
 
-# --- no-ops: what the session itself costs ------------- -----------------------------------------
+# --- no-ops: what the session itself costs -----------------------------------------------------
 
 
 class _Record:

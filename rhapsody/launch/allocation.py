@@ -1,4 +1,4 @@
-"""Reads from the environment which nodes Slurm or PBS has granted to the job around this process."""
+"""Reads from the environment which job of Slurm or PBS this is, and how many nodes it has."""
 
 from __future__ import annotations
 
