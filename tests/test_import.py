@@ -123,21 +123,3 @@ def cpu(script: str) -> float:
     subprocess.run([sys.executable, "-c", script], check=True, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-def test_nothing_imports_upwards() -> None:
-    """Everything points down: runtime knows nobody above it, a backend no session."""
-    package = Path(rhapsody.__file__).parent
-    above = {
-        "runtime": ("api", "backends", "cli"),
-        "backends": ("api", "cli"),
-        "api": ("cli",),
-    }
-    wrong = []
-    for room, forbidden in above.items():
-        for file in (package / room).rglob("*.py"):
-            for line in file.read_text().splitlines():
-                match = re.match(r"\s*(?:from|import)\s+rhapsody\.(\w+)", line)
-                if match and match[1] in forbidden:
-                    wrong.append(f"{file.relative_to(package)}: {line.strip()}")
-    assert wrong == []
