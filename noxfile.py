@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -50,8 +50,8 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(python=MAIN)
 def typecheck(session: nox.Session) -> None:
-    """Types, strictly, of the package and the tests."""
-    session.install("-e", ".[dev,dask]")
+    """Types, strictly, of all Python but the examples, which need what `demo` installs."""
+    session.install("-e", ".[dev,dask]")  # dev has nox, for this file
     session.run("mypy")
 
 
@@ -66,12 +66,12 @@ def bench(session: nox.Session) -> None:
 def package(session: nox.Session) -> None:
     """Build the distributions, and use the wheel in an environment that has nothing else."""
     out = Path(session.create_tmp(), "dist")
+    shutil.rmtree(out, ignore_errors=True)  # of an earlier run: the folder stays
     session.install("build", "twine")
     session.run("python", "-m", "build", "--outdir", str(out), silent=True)
-    files = sorted(out.glob("*1.0*"), key=os.path.getmtime)[-2:]
-    session.run("twine", "check", "--strict", *map(str, files))
+    session.run("twine", "check", "--strict", *map(str, out.iterdir()))
     session.run("python", "-m", "pip", "uninstall", "-y", "build", "twine", silent=True)
-    session.install("--force-reinstall", *(str(f) for f in files if f.suffix == ".whl"))
+    session.install("--force-reinstall", *map(str, out.glob("*.whl")))
     with session.chdir(session.create_tmp()):
         session.run("rhapsody", "backends")
         session.run("rhapsody", "doctor", success_codes=[0, 1])

@@ -10,6 +10,8 @@ _UPSTREAM = ("rhapsody-py==0.6.0", "cloudpickle==3.1.2")  # its process pools wa
 _EXECUTORLIB = ("executorlib==1.11.0",)
 _PARSL = ("parsl==2026.10.26",)
 _DASK = ("distributed==2026.8.0",)
+_HYPERQUEUE = ("hyperqueue==0.27.0",)
+_RAY = ("ray==2.60.0",)
 
 _OURS = "benchmarks.sessions"
 _RAW = "benchmarks.raw"
@@ -35,10 +37,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Target:
-    """At most `limit`: times the base's time, bytes per task, or seconds: of CPU, of a stall."""
+    """At most `limit`: times the base's time or CPU, bytes per task, or seconds."""
 
     side: str
-    of: Literal["ratio", "bytes", "seconds"]
+    of: Literal["ratio", "cpu ratio", "bytes", "seconds", "p99"]
     limit: float
 
 
@@ -54,12 +56,13 @@ class Figure:
     expected: Callable[[int], int]  # what all the tasks compute together
     quick_divisor: int
     falls_short: str = ""  # what is known of it, for where a target is missed
-    unit: Literal["task", "cpu", "stall"] = "task"
+    unit: Literal["task", "cpu", "stall", "latency"] = "task"
+    base_of_each: str = ""  # what the ratios are over, where the sides have several bases
 
     @property
     def base(self) -> str:
         """What the ratios are over, in words."""
-        return "the floor of its size" if any(s.base for s in self.sides) else self.sides[0].name
+        return self.base_of_each or self.sides[0].name
 
 
 def count(tasks: int) -> int:
@@ -129,6 +132,7 @@ FIGURES = (
         ),
         count,
         20,
+        base_of_each="the floor of its size",
     ),
     Figure(
         "threads",
@@ -159,6 +163,7 @@ FIGURES = (
             Side("executorlib", "benchmarks.peers.executorlib", "processes", 5_000, _EXECUTORLIB),
             Side("Parsl, HTEX", "benchmarks.peers.parsl", "processes", 5_000, _PARSL),
             Side("Dask, processes", "benchmarks.peers.dask", "processes", 5_000, _DASK),
+            Side("Ray", "benchmarks.peers.ray", "processes", 5_000, _RAY),
         ),
         (Target("rhapsody", "ratio", 0.5),),
         increments,
@@ -167,8 +172,8 @@ FIGURES = (
     Figure(
         "executables",
         "Executables",
-        "`true`, with its output captured, as many at once as there are cores. executorlib and"
-        " Dask have no tasks of this kind: they run a function that calls `subprocess.run`.",
+        "`true`, with its output captured, as many at once as there are cores. executorlib, Dask"
+        " and Ray have no tasks of this kind: they run a function that calls `subprocess.run`.",
         (
             Side("subprocess.run on threads", _RAW, "executables", 1_000),
             Side("rhapsody", _OURS, "executables", 1_000),
@@ -176,8 +181,10 @@ FIGURES = (
             Side("executorlib", "benchmarks.peers.executorlib", "executables", 1_000, _EXECUTORLIB),
             Side("Parsl, HTEX", "benchmarks.peers.parsl", "executables", 500, _PARSL),
             Side("Dask, threads", "benchmarks.peers.dask", "executables", 500, _DASK),
+            Side("HyperQueue", "benchmarks.peers.hyperqueue", "executables", 2_000, _HYPERQUEUE),
+            Side("Ray", "benchmarks.peers.ray", "executables", 500, _RAY),
         ),
-        (Target("rhapsody", "ratio", 1.0),),
+        (Target("rhapsody", "ratio", 1.0), Target("rhapsody", "cpu ratio", 1.1)),
         count,
         10,
         "On the 2 cores of the machine where this was looked at, `true` itself takes 58 per cent of"
@@ -187,6 +194,78 @@ FIGURES = (
         " kept: a line of tasks at that process, so that the next starts without a round trip (from"
         " 2.5 times to 1.1), and news in bursts. Tried, and not worth it: an environment encoded"
         " beforehand (4 microseconds of about 700).",
+    ),
+    Figure(
+        "latency",
+        "Latency of one task",
+        "One task after another: from before `submit_tasks` until its result is there, while"
+        " nothing else runs. The raw engine is `loop.run_in_executor` with a pool of threads or of"
+        " processes, for an executable `subprocess.run` on a thread, and for Dask the await of"
+        " `Client.submit` on a local cluster. Given are the median and the 99th percentile of a"
+        " run; the ratio is of medians.",
+        tuple(
+            one
+            for words, workload, tasks in (
+                ("thread", "threads", 5_000),
+                ("process", "processes", 5_000),
+                ("executable", "executables", 1_000),
+                ("Dask", "dask", 500),
+            )
+            for one in (
+                Side(
+                    f"{words}, raw",
+                    "benchmarks.latency",
+                    f"raw-{workload}",
+                    tasks,
+                    base=f"{words}, raw",
+                ),
+                Side(
+                    f"{words}, rhapsody",
+                    "benchmarks.latency",
+                    workload,
+                    tasks,
+                    base=f"{words}, raw",
+                ),
+            )
+        ),
+        (),
+        count,
+        10,
+        unit="latency",
+        base_of_each="the raw engine",
+    ),
+    Figure(
+        "graphs",
+        "Graphs of 100,000 tasks",
+        "Tasks that do nothing and wait for their parents (`after=`), on the no-op backend: 1,000"
+        " chains of 100; ten fans, each of one task, its 9,998 children, and one that waits for"
+        " all of these; and a random graph in which each task has up to three parents among the"
+        " 1,000 before it. The floor is an asyncio task for each, which awaits those of its"
+        " parents.",
+        tuple(
+            one
+            for shape in ("chains", "fans", "random")
+            for one in (
+                Side(
+                    f"{shape}, asyncio",
+                    "benchmarks.graphs",
+                    f"bare-{shape}",
+                    100_000,
+                    base=f"{shape}, asyncio",
+                ),
+                Side(
+                    f"{shape}, rhapsody",
+                    "benchmarks.graphs",
+                    shape,
+                    100_000,
+                    base=f"{shape}, asyncio",
+                ),
+            )
+        ),
+        (),
+        count,
+        20,
+        base_of_each="asyncio's tasks",
     ),
     Figure(
         "stall",

@@ -37,6 +37,9 @@ class Readings:
     tasks: int
     seconds: list[float] = field(default_factory=list)  # per task, or of the longest stall
     ratios: list[float] = field(default_factory=list)  # of the seconds, over those of the base
+    cpu: list[float] = field(default_factory=list)  # seconds per task, of all its processes
+    cpu_ratios: list[float] = field(default_factory=list)
+    p99: list[float] = field(default_factory=list)  # seconds; of latencies only
     bytes: list[float] = field(default_factory=list)  # per task; empty where it is not measured
     gc: list[float] = field(default_factory=list)  # seconds, of the longest pause; mostly empty
 
@@ -78,10 +81,14 @@ def measure(
             row.seconds.append(found["seconds"])
             row.bytes += [found["bytes"]] if "bytes" in found else []
             row.gc += [found["gc"]] if "gc" in found else []
+            row.cpu += [found["cpu"]] if "cpu" in found else []
+            row.p99 += [found["p99"]] if "p99" in found else []
         say(f"{figure.name}: repetition {repetition + 1} of {repeat}")
     for row in readings.values():
         base = readings[row.side.base or sides[0].name]
         row.ratios = [a / b for a, b in zip(row.seconds, base.seconds, strict=True)]
+        if row.cpu and base.cpu and all(base.cpu):
+            row.cpu_ratios = [a / b for a, b in zip(row.cpu, base.cpu, strict=True)]
     return list(readings.values())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime, timezone
 from typing import Any
 
@@ -24,9 +24,11 @@ Every side is a whole process that runs one workload, of the same number of work
 there are cores. The sides of a figure take turns, {repeat} times (A B C, C B A, ...), and a ratio
 compares two sides within one turn. Given are medians, and in brackets the least and the most. Pools
 are started, and 64 tasks run, before the clock starts; it stops when the last result is in.
-Memory is the growth of the peak of the process's resident memory, per task; what the workers of
-other processes take is not in it. Each side's results are checked. Peers run in environments
-of their own, as anybody installs them, with their defaults where the text says nothing else.
+CPU is the processor time of the side's process and all below it (workers, servers, the tasks
+themselves) in the same span, per task, in steps of 10 ms over the run. Memory is the growth of the
+peak of the process's resident memory, per task; what other processes take is not in it. Each side's
+results are checked. Peers run in environments of their own, as anybody installs them, with their
+defaults where the text says nothing else.
 
 Engines that need a cluster have pages of their own: [Dask](dask-benchmarks.md),
 [Dragon](dragon-benchmarks.md).
@@ -54,26 +56,27 @@ def write(
 def table(figure: Figure, readings: Sequence[Readings]) -> str:
     """Return the table of one figure."""
     stall = figure.unit == "stall"
-    rows = [
+    first = {"stall": "longest stall", "cpu": "CPU per task", "latency": "median"}
+    # Heading, readings, scale and unit; a column that nothing was measured for is left out.
+    columns: list[tuple[str, Callable[[Readings], list[float]], float, str]] = [
         (
-            "side",
-            {"stall": "longest stall", "cpu": "CPU per task"}.get(figure.unit, "time per task"),
-            "garbage collector's" if stall else "memory per task",
-            f"times {figure.base}",
-            "tasks",
-        )
+            first.get(figure.unit, "time per task"),
+            lambda row: row.seconds,
+            *((1e3, " ms") if stall else (1e6, " µs")),
+        ),
+        ("99th percentile", lambda row: row.p99, 1e6, " µs"),
+        ("garbage collector's", lambda row: row.gc, 1e3, " ms"),
+        ("CPU per task", lambda row: row.cpu, 1e6, " µs"),
+        ("memory per task", lambda row: row.bytes, 1e-3, " KB"),
+        (f"times {figure.base}", lambda row: row.ratios, 1, ""),
+        ("the same of CPU", lambda row: row.cpu_ratios, 1, ""),
     ]
+    shown = [column for column in columns if any(column[1](row) for row in readings)]
+    rows = [["side", *(heading for heading, *_ in shown), "tasks"]]
+    rows.append(["---", *("---:" for _ in shown), "---:"])
     for row in readings:
-        rows.append(
-            (
-                row.side.name,
-                _spread(row.seconds, 1e3, " ms") if stall else _spread(row.seconds, 1e6, " µs"),
-                _spread(row.gc, 1e3, " ms") if stall else _spread(row.bytes, 1e-3, " KB"),
-                _spread(row.ratios, 1, "") if set(row.ratios) != {1.0} else "1",
-                f"{row.tasks:,}",
-            )
-        )
-    rows.insert(1, ("---", "---:", "---:", "---:", "---:"))
+        cells = [_spread(values(row), scale, unit) for _, values, scale, unit in shown]
+        rows.append([row.side.name, *cells, f"{row.tasks:,}"])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
 
 
@@ -83,7 +86,13 @@ def verdicts(figure: Figure, readings: Sequence[Readings]) -> list[tuple[Target,
     found = []
     for target in figure.targets:
         row = by_name[target.side]
-        values = {"ratio": row.ratios, "bytes": row.bytes, "seconds": row.seconds}
+        values = {
+            "ratio": row.ratios,
+            "cpu ratio": row.cpu_ratios,
+            "bytes": row.bytes,
+            "seconds": row.seconds,
+            "p99": row.p99,
+        }
         value = middle(values[target.of])
         found.append((target, value, value <= target.limit))
     return found
@@ -119,6 +128,10 @@ def _shortfalls(results: Mapping[str, Sequence[Readings]], figures: Sequence[Fig
 def _in_words(target: Target, figure: Figure, value: float) -> str:
     if target.of == "ratio":
         return f"{value:.2f} times {figure.base}"
+    if target.of == "cpu ratio":
+        return f"{value:.2f} times the CPU of {figure.base}"
+    if target.of == "p99":
+        return f"{value * 1e6:.0f} µs, 99th percentile"
     if target.of == "bytes":
         return f"{value / 1000:.2f} KB per task"
     return f"{value * 1e3:.0f} ms" if figure.unit == "stall" else f"{value * 1e6:.1f} µs per task"
@@ -127,6 +140,8 @@ def _in_words(target: Target, figure: Figure, value: float) -> str:
 def _spread(values: Sequence[float], scale: float, unit: str) -> str:
     if not values:
         return ""
+    if set(values) == {1.0}:  # the base's ratio
+        return "1"
     low, mid, high = (_short(v * scale) for v in (min(values), middle([*values]), max(values)))
     return f"{mid}{unit} ({low} to {high})"
 

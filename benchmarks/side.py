@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from benchmarks import cpu
+
 WARM_UP = 64  # tasks before the clock starts: pools start their workers with their first tasks
 FEW = 8  # the same, where a task takes long
 
@@ -23,19 +25,25 @@ Workload = Callable[[int], dict[str, Any]]
 
 
 class Gauge:
-    """Time, and growth of the peak of resident memory, from `start` to `reading`."""
+    """Time, processor time, and growth of the peak of resident memory, from `start` to `stop`."""
 
     def start(self) -> None:
         self._bytes = _memory("VmRSS")
+        self._cpu = cpu.seconds_below()
         self._started = time.perf_counter()
 
     def stop(self) -> None:
         self._seconds = time.perf_counter() - self._started
+        self._cpu = cpu.seconds_below() - self._cpu
 
     def reading(self, tasks: int, result: int) -> dict[str, Any]:
-        """Return seconds and bytes per task, and what all the tasks computed together."""
+        """Return seconds and bytes per task, and what all the tasks computed together.
+
+        Processor time is that of this process and all below it: workers, servers, the tasks.
+        """
         return {
             "seconds": self._seconds / tasks,
+            "cpu": self._cpu / tasks,
             "bytes": (_memory("VmHWM") - self._bytes) / tasks,
             "result": result,
         }
@@ -53,6 +61,7 @@ def _memory(field: str) -> int:
 def main(workloads: Mapping[str, Workload]) -> None:
     """Run the workload and the number of tasks that the command line names."""
     name, tasks = sys.argv[1:]
+    cpu.adopt_orphans()  # a server that detaches itself is counted too
     print(json.dumps(workloads[name](int(tasks))), flush=True)
 
 

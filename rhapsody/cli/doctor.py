@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from rhapsody.backends.discovery import BackendRegistry
+from rhapsody.backends.descriptors import BUILT_IN
 from rhapsody.launch.dragon.command import check_shared_memory as check_dragons_memory
 from rhapsody.launch.dragon.pmix import can_load_pmix, find_pmix, pmix_of_openmpi
 from rhapsody.launch.dragon.shared_memory import SHARED_MEMORY, free_bytes
@@ -42,15 +42,6 @@ OPEN_FILES_PER_CORE = 16
 DRAGON_SECONDS = 20.0  # for Dragon to say which nodes it has; it takes 10 ms
 _DRAGON_PROCESS = "DRAGON_MY_PUID"  # set by Dragon in all that it starts
 DISK_WANTED = 100 * MIB
-
-# The distribution that each backend's engine is in. A backend that this release does not have yet
-# has no line that installs it, and its engine is not asked for.
-ENGINES = {
-    "dask": "distributed",
-    "dragon": "dragonhpc",
-    "radical_pilot": "radical.pilot",
-    "vllm": "vllm",
-}
 
 
 @dataclass(frozen=True)
@@ -279,16 +270,15 @@ def mpi_flavour(version: str) -> str:
 
 
 def check_engines() -> Finding:
-    """Versions of the engines that are installed, of the backends that there are."""
-    backends = BackendRegistry.list_backends()
-    wanted = ["cloudpickle", *(engine for name, engine in ENGINES.items() if name in backends)]
+    """Which engines of the built-in backends are installed, in which versions."""
+    engines = [backend.engine.distribution for backend in BUILT_IN.values() if backend.engine]
     versions: dict[str, str] = {}
-    for name in wanted:
+    missing = []
+    for name in dict.fromkeys(["cloudpickle", *engines]):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            continue
-    missing = [name for name in wanted if name not in versions]
+            missing.append(name)
     found = ", ".join(f"{name} {version}" for name, version in versions.items())
     if missing:
         found += f"; not installed: {', '.join(missing)}"

@@ -92,7 +92,7 @@ def _program(environ: dict[str, str], *, inside: bool) -> str:
                 f"{image} has no Dragon for its {sys.executable}; take an image that was made with "
                 "rhapsody-py[dragon]"
             )
-        hint = install_hint("dragon") or "pip install 'rhapsody-py[dragon]'"
+        hint = install_hint("dragon")
         version = ".".join(map(str, sys.version_info[:2]))
         raise LaunchError(
             f"Dragon is not installed for {sys.executable} (Python {version}; it has wheels for "

@@ -16,6 +16,7 @@ __all__ = [
     "inputs_of",
     "kind_of",
     "map_elements",
+    "shell_command",
 ]
 
 # A task as a backend sees it: an object of rhapsody.api, or the plain dict of another framework.
@@ -69,6 +70,9 @@ def command_of(task: Task, *, shell: bool = False) -> list[str]:
     arguments = (task.get("arguments") or []) if bound is None else bound["arguments"]
     words = [argument_str(argument) for argument in arguments]
     program = plain_str(task["executable"])
-    if shell:
-        return ["/bin/sh", "-c", " ".join([program, *map(shlex.quote, words)])]
-    return [program, *words]
+    return shell_command([program, *words]) if shell else [program, *words]
+
+
+def shell_command(words: Sequence[str]) -> list[str]:
+    """Return how to have `/bin/sh` run the command line `words[0]`; the other words are quoted."""
+    return ["/bin/sh", "-c", " ".join([words[0], *map(shlex.quote, words[1:])])]

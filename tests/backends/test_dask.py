@@ -306,7 +306,7 @@ def test_plain_dicts_without_a_session(cluster: Any) -> None:
     [
         ({"function": add, **options(colour="red")}, "accepted: "),
         ({"function": add, **options(cwd="/tmp")}, "for executables"),
-        ({"function": add, **options(resources={"GPU": "one"})}, "numbers"),
+        ({"function": add, **options(resources={"GPU": "one"})}, "must be a number"),
         ({"function": add, **options(resources=["GPU"])}, "a dict of numbers"),
         ({"function": add, **options(allow_other_workers=True)}, "needs workers"),
         ({"function": add, **options(workers="")}, "an address or name"),
@@ -316,7 +316,7 @@ def test_plain_dicts_without_a_session(cluster: Any) -> None:
         ({"function": add, **options(retries=-1)}, "how many more"),
         ({"function": add, "resources": Resources(ranks=2)}, "one rank"),
         ({"function": add, "resources": Resources(env={"A": "b"})}, "process"),
-        ({"executable": "ls", **options(env={"A": 1})}, "texts"),
+        ({"executable": "ls", **options(env={"A": 1})}, "must be a str"),
     ],
 )
 def test_what_dask_cannot_do_is_refused_and_the_rest_runs(

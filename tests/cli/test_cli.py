@@ -21,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from rhapsody.backends.discovery import BackendRegistry, install_hint
+from rhapsody.backends.descriptors import BUILT_IN
+from rhapsody.backends.discovery import install_hint
 from rhapsody.cli import doctor
 from rhapsody.cli.bench import WORKLOADS
 
@@ -715,11 +716,9 @@ def test_doctor_misses_only_engines_that_backends_lists_a_line_for(
     finding = doctor.check_engines()
     assert finding.status == "note"
     named = finding.found.rpartition("not installed: ")[2].split(", ")
-    installable = {name for name in BackendRegistry.list_backends() if install_hint(name)}
-    assert set(named) == {
-        "cloudpickle",
-        *(doctor.ENGINES[name.partition("_v")[0]] for name in installable),
-    }
+    engines = {backend.engine.distribution for backend in BUILT_IN.values() if backend.engine}
+    assert set(named) == {"cloudpickle", *engines}
+    assert all(install_hint(name) for name, backend in BUILT_IN.items() if backend.engine)
 
 
 def test_doctor_writes_in_the_work_dir(tmp_path: Path) -> None:

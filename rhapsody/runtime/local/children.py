@@ -28,14 +28,14 @@ from rhapsody.runtime.text import plain_str
 from .frames import keep_from_forks
 from .warden import __main__ as warden
 
-__all__ = ["SHORT_OF", "Children", "Ended", "Launch", "Started"]
+__all__ = ["RESOURCE_ERRNOS", "Children", "Ended", "Launch", "Started"]
 
 logger = logging.getLogger(__name__)
 
 #: bytes of each output that are kept in memory; what is more goes to a file
 OUTPUT_LIMIT = 1 << 20
 #: what is wrong with the machine, not with the task: no descriptors, memory, processes or space
-SHORT_OF = frozenset(
+RESOURCE_ERRNOS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 )
 # Seconds for the warden to end what is left and go, after its socket is closed; it takes 0.5 s
@@ -76,7 +76,7 @@ class Ended(NamedTuple):
 
     Texts are decoded with replacement. Of an output that went to a file the text is the end of
     it, after a line that says so. `error` says what of the infrastructure failed, if anything did.
-    `heir` is the key of the child that was started in its place, out of those that waited.
+    `successor` is the key of the queued child that was started in its place.
     """
 
     key: int
@@ -90,7 +90,7 @@ class Ended(NamedTuple):
     ended: float | None = None
     refused: int | None = None
     error: BackendError | None = None
-    heir: int | None = None
+    successor: int | None = None
 
 
 class Children:
@@ -126,12 +126,11 @@ class Children:
 
     # ------------------------------------------------------------------ requests
 
-    def run(self, launch: Launch, *, wait: bool = False) -> int:
+    def run(self, launch: Launch, *, queued: bool = False) -> int:
         """Start a child; returns the key that its events carry.
 
-        With `wait` it is started when a child without cores of its own ends, in its place: so a
-        place is taken again at once, and not after a message here and one back. `go` starts it
-        earlier.
+        With `queued` the warden starts it when a child without cores of its own ends, in its
+        place, which saves a round trip. `start_now` starts it earlier.
 
         Raises:
             BackendError: the warden cannot be started.
@@ -142,7 +141,7 @@ class Children:
         stdin = launch.stdin
         to_files = bool(launch.to_files)
         request = (
-            "wait" if wait else "run",
+            "wait" if queued else "run",
             key,
             [plain_str(word) for word in launch.argv],
             None if launch.cwd is None else plain_str(launch.cwd),
@@ -177,8 +176,8 @@ class Children:
             self._home = home
             self._request("home", home)
 
-    def go(self, key: int) -> None:
-        """Start a child that waits, unless it has been started meanwhile."""
+    def start_now(self, key: int) -> None:
+        """Start a queued child, unless it has been started meanwhile."""
         request = self._live.get(key)
         if request:
             self._live[key] = ("run", *request[1:])
@@ -319,18 +318,18 @@ class Children:
         if kind == "refused":
             _, _, number, words, what = reply
             text = f"{words}: {what!r}" if what else words
-            if number in SHORT_OF:
+            if number in RESOURCE_ERRNOS:
                 short = BackendError(
                     f"cannot start a process: {text}", host=socket.gethostname(), transient=True
                 )
                 return Ended(key, 1, stderr=text, refused=number, error=short)
             code = {errno.ENOENT: 127, errno.EACCES: 126, errno.ENOEXEC: 126}.get(number, 1)
             return Ended(key, code, stderr=text, refused=number)
-        _, _, code, killed, outputs, started, ended, error, heir = reply
+        _, _, code, killed, outputs, started, ended, error, successor = reply
         (out, out_file), (err, err_file) = map(_text, outputs)
         failure = BackendError(f"output was lost: {error}", transient=False) if error else None
         return Ended(
-            key, code, killed, out, err, out_file, err_file, started, ended, None, failure, heir
+            key, code, killed, out, err, out_file, err_file, started, ended, None, failure, successor
         )
 
     def _last_begun(self) -> int:

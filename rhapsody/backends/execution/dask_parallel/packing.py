@@ -11,7 +11,8 @@ from typing import Any
 from rhapsody.runtime import serialization
 from rhapsody.runtime.arguments import Task, inputs_of, kind_of
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
-from rhapsody.runtime.text import argument_str
+from rhapsody.runtime.local.executables import describe
+from rhapsody.runtime.text import argument_str, plain_str
 
 from . import worker_plugin as remote
 from .task import DaskTask, wanted
@@ -57,7 +58,7 @@ class TaskSerializer:
         if kind_of(task) == "function":
             self._pack_function(flight, pickled)
         else:
-            self._pack_program(flight, options)
+            self._pack_program(flight)
         for parent in task.get("after") or ():
             self._slot(flight, parent)
         flight.wants = wanted(task, options)
@@ -78,29 +79,17 @@ class TaskSerializer:
         flight.call = remote.Call(self._plugin, flight.key, blob, arguments)
         flight.runner = remote.run_function
 
-    def _pack_program(self, flight: DaskTask, options: Mapping[str, Any]) -> None:
+    def _pack_program(self, flight: DaskTask) -> None:
         task = flight.task
-        need = task.get("resources")
-        name = os.path.basename(os.fspath(task["executable"]))
-        flight.key = self._key(flight, name)
-        env = {**((need and need.env) or {}), **(options.get("env") or {})}
-        cwd = options.get("cwd") or (need and need.cwd)
-        stdin = options.get("stdin")
-        flight.captured = bool(task.get("capture_stdio"))
+        flight.key = self._key(flight, os.path.basename(os.fspath(task["executable"])))
+        words = [plain_str(task["executable"]), *(self._word(flight, a) for a in _arguments(task))]
+        executable = describe(task, words=())
+        if isinstance(executable.stdin, str):  # a path, as it is here
+            path = os.path.join(executable.cwd or os.getcwd(), executable.stdin)
+            executable = executable._replace(stdin=path)
+        flight.captured = executable.capture
         program = remote.Program(
-            plugin=self._plugin,
-            key=flight.key,
-            uid=flight.uid,
-            argv=[task["executable"], *(self._word(flight, a) for a in _arguments(task))],
-            shell=bool(options.get("shell")),
-            ranks=need.ranks if need else 1,
-            cwd=os.path.abspath(cwd) if cwd else None,
-            env=env,
-            env_replace=bool(options.get("env_replace")),
-            stdin=stdin.encode() if isinstance(stdin, str) else stdin and _path_or_bytes(stdin),
-            capture=flight.captured,
-            folder=self._work_dir(),
-            marker=self._mark(),
+            self._plugin, flight.key, executable, words, self._work_dir(), self._mark()
         )
         flight.call = remote.OpaqueBytes(serialization.dumps(program, "executable"))
         flight.runner = remote.run_program
@@ -169,7 +158,3 @@ def _arguments(task: Task) -> Sequence[Any]:
     bound = None if isinstance(task, dict) else task._bound
     given: Sequence[Any] = (task.get("arguments") or []) if bound is None else bound["arguments"]
     return given
-
-
-def _path_or_bytes(stdin: Any) -> bytes | str:
-    return stdin if isinstance(stdin, bytes) else os.path.abspath(stdin)

@@ -13,7 +13,6 @@ from rhapsody.runtime.errors import (
     DependencyError,
     ResourceError,
     SerializationError,
-    TaskExecutionError,
     WorkerLostError,
 )
 
@@ -85,15 +84,16 @@ class ResultGatherer:
         times = {"started": now - flight.seconds, "ended": now}
         if isinstance(value, _Unfetched):
             return flight, "FAILED", {"exception": value.explain(flight, self.name), **times}
-        if isinstance(value, remote.Outcome):
+        if isinstance(value, remote.ProgramResult):
             return flight, "DONE", {**self._printed(flight, value), **times}
         return flight, "DONE", {"return_value": value, **times}
 
-    def _printed(self, flight: DaskTask, outcome: remote.Outcome) -> dict[str, Any]:
+    def _printed(self, flight: DaskTask, result: remote.ProgramResult) -> dict[str, Any]:
         """The result fields of an executable; files of workers elsewhere are written here."""
+        outcome = result.outcome
         fields: dict[str, Any] = {"exit_code": outcome.exit_code}
         for name in ("stdout", "stderr"):
-            path, data = getattr(outcome, f"{name}_file"), getattr(outcome, f"{name}_bytes")
+            path, data = getattr(outcome, f"{name}_file"), getattr(result, f"{name}_bytes")
             if data is not None:
                 path = os.path.join(self._work_dir(), f"{flight.uid}.{name}")
                 with open(path, "wb") as file:
@@ -115,7 +115,7 @@ class ResultGatherer:
         if isinstance(raised, remote.Refused):  # its author wanted it stopped
             return flight, "CANCELED", None
         if isinstance(raised, remote.ProgramFailed) and raised.key == flight.key:
-            return self._fail(flight, *self._program_error(flight, raised.outcome))
+            return self._fail(flight, *self._program_error(flight, raised.result))
         if isinstance(raised, remote.CallFailed) and raised.key == flight.key:
             return self._fail(flight, serialization.unpack_exception(raised.packed), None)
         for parent in flight.parents:
@@ -130,13 +130,13 @@ class ResultGatherer:
         return flight, "FAILED", {**(fields or {}), "exception": error}
 
     def _program_error(
-        self, flight: DaskTask, outcome: remote.Outcome
+        self, flight: DaskTask, result: remote.ProgramResult
     ) -> tuple[BaseException, dict[str, Any]]:
-        fields = self._printed(flight, outcome)
-        if outcome.error is not None:
-            outcome.error.backend, outcome.error.host = self.name, outcome.host
-            return outcome.error, fields
-        return TaskExecutionError(flight.uid, outcome.stderr, outcome.exit_code), fields
+        error = result.outcome.error
+        assert error is not None  # it has not succeeded, and was not stopped
+        if isinstance(error, BackendError):
+            error.backend, error.host = self.name, result.host
+        return error, self._printed(flight, result)
 
 
 class _Unfetched:

@@ -3,29 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from rhapsody.runtime.arguments import Task, kind_of
-from rhapsody.runtime.errors import TaskValidationError
+from rhapsody.runtime.arguments import Task
 
-__all__ = [
-    "DASK_KEYS",
-    "PROGRAM_KEYS",
-    "DaskTask",
-    "Ending",
-    "check_options",
-    "describe",
-    "describe_all",
-    "fits",
-    "wanted",
-]
+from .options import DASK_OPTIONS, worker_names
 
-#: options of executables; the others are Dask's own, and for every task
-PROGRAM_KEYS = frozenset({"cwd", "env", "env_replace", "shell", "stdin"})
-DASK_KEYS = frozenset({"resources", "priority", "retries", "workers", "allow_other_workers", "key"})
+__all__ = ["DaskTask", "Ending", "describe", "describe_all", "fits", "wanted"]
 
 
 class DaskTask:
@@ -73,9 +58,8 @@ class DaskTask:
         options = self.options
         if not options and not self.wants:
             return self.wave, self.runner.__name__ if self.runner else ""
-        rest = [
-            (name, repr(value)) for name, value in options.items() if name in DASK_KEYS - {"key"}
-        ]
+        shared = DASK_OPTIONS.keys() - {"key"}
+        rest = [(name, repr(value)) for name, value in options.items() if name in shared]
         return (
             self.wave,
             self.runner.__name__ if self.runner else "",
@@ -88,7 +72,7 @@ class DaskTask:
         names = ("priority", "retries", "workers", "allow_other_workers")
         found = {name: self.options[name] for name in names if self.options.get(name) is not None}
         if isinstance(found.get("workers"), (int, tuple)):  # `Client.map` takes neither
-            found["workers"] = _names_of(found["workers"])
+            found["workers"] = worker_names(found["workers"])
         return found
 
     def stop_timer(self) -> None:
@@ -112,104 +96,6 @@ def descent(flights: Iterable[DaskTask]) -> list[DaskTask]:
 
 #: a flight, its terminal state, and the result fields
 Ending = tuple[DaskTask, str, "dict[str, Any] | None"]
-
-# ---------------------------------------------------------------------- options
-
-_NUMBER = (int, float)
-_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
-    "resources": ((Mapping,), "a dict of numbers, such as {'GPU': 1}"),
-    "priority": (_NUMBER, "a number; higher runs earlier"),
-    "retries": ((int,), "how many more times to run it"),
-    "workers": (
-        (str, int, list, tuple, set),
-        "an address or name of a worker, or a list of them",
-    ),
-    "allow_other_workers": ((bool,), "True or False"),
-    "key": ((str,), "a text that UTF-8 can hold"),
-    "cwd": ((str, os.PathLike), "the path of a folder"),
-    "env": ((Mapping,), "a dict of texts"),
-    "env_replace": ((bool,), "True or False"),
-    "shell": ((bool,), "True or False"),
-    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
-}
-
-
-def _is_text(value: object) -> bool:
-    """Whether it can be a key, or stand in a message: anything else breaks the connection."""
-    if not isinstance(value, str) or not value:
-        return False
-    try:
-        value.encode()
-    except UnicodeEncodeError:  # half a surrogate pair, from a file name that is no UTF-8
-        return False
-    return True
-
-
-def _names_of(workers: Any) -> list[Any]:
-    return [workers] if isinstance(workers, (str, int)) else list(workers)
-
-
-def _are_workers(value: Any) -> bool:
-    # Those of a `LocalCluster` are named by whole numbers.
-    return all(type(name) is int or _is_text(name) for name in _names_of(value))
-
-
-#: what else must hold of a value that is of the right type
-_SENSIBLE: dict[str, Callable[[Any], bool]] = {
-    "retries": lambda value: value >= 0,
-    "workers": _are_workers,
-    "key": _is_text,
-}
-
-
-def check_options(task: Task, options: Mapping[str, Any]) -> None:
-    """Refuse options of wrong types, or for the wrong kind of task.
-
-    Raises:
-        TaskValidationError: says which, and what is accepted.
-    """
-    uid = task["uid"]
-    for name, value in options.items():
-        kinds, words = _KINDS[name]
-        sensible = _SENSIBLE.get(name)
-        if value is not None and not (
-            isinstance(value, kinds) and (sensible is None or sensible(value))
-        ):
-            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    for name, value in (options.get("resources") or {}).items():
-        if not isinstance(name, str) or not isinstance(value, _NUMBER) or value < 0:
-            raise TaskValidationError(
-                f"task '{uid}': resources must map names to numbers, not {name!r}: {value!r}"
-            )
-    for name, value in (options.get("env") or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or "=" in name:
-            raise TaskValidationError(
-                f"task '{uid}': env must map texts to texts, not {name!r}: {value!r}"
-            )
-    if options.get("allow_other_workers") and options.get("workers") is None:
-        raise TaskValidationError(f"task '{uid}': allow_other_workers needs workers")
-    if kind_of(task) == "function":
-        _check_function(uid, task.get("resources"), options)
-
-
-def _check_function(uid: str, need: Any, options: Mapping[str, Any]) -> None:
-    if wrong := PROGRAM_KEYS & options.keys():
-        raise TaskValidationError(
-            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are for"
-            f" executables; a function takes {', '.join(sorted(DASK_KEYS))}"
-        )
-    if need is None:
-        return
-    if need.ranks > 1:
-        raise TaskValidationError(
-            f"task '{uid}': Dask runs a function as one rank, not {need.ranks}; make it an"
-            " executable, or use a backend with MPI functions"
-        )
-    if need.env or need.cwd:
-        raise TaskValidationError(
-            f"task '{uid}': env and cwd belong to a process, and a Dask worker runs functions on"
-            " its threads; set them for the workers, or make it an executable"
-        )
 
 
 # ---------------------------------------------------------------------- resources
