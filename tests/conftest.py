@@ -16,6 +16,25 @@ TEARDOWN = Settings(
     timeout=120.0, method="thread", func_only=False, disable_debugger_detection=False
 )
 
+#: Modules that `nox -s tests` runs on one Python; the noxfile says why. Folders end with a slash.
+ONE_PYTHON = (
+    "backends/test_dask",
+    "launch/",
+    "runtime/test_mpi",
+    "test_helpers",
+    "test_leaks",
+    "test_load",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what does not depend on the version of Python and takes long."""
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here):
+            if item.path.relative_to(here).as_posix().startswith(ONE_PYTHON):
+                item.add_marker(pytest.mark.one_python)
+
 
 @pytest.fixture(autouse=True)
 def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
