@@ -27,8 +27,8 @@ def tests(session: nox.Session) -> None:
     threads and pools of processes, children, typing, imports, the command line. What is left out
     there (`one_python`) tests the behaviour of other programs and of this package towards them:
     clusters of Dask, launchers, MPI; and many tasks at once. It is half of the time: of 334 s on
-    two quiet cores 118 are Dask's and 34 the launchers'. Dask's first script in the README runs on
-    each Python.
+    two quiet cores 118 are Dask's and 34 the launchers'. The first script of the
+    page on Dask runs on each Python.
     """
     session.install("-e", ".[dev,dask]")
     marked = "not demo" if session.python == MAIN else "not demo and not one_python"

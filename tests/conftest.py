@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -31,9 +32,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark what does not depend on the version of Python and takes long."""
     here = Path(__file__).parent
     for item in items:
-        if item.path.is_relative_to(here):
-            if item.path.relative_to(here).as_posix().startswith(ONE_PYTHON):
-                item.add_marker(pytest.mark.one_python)
+        if os.path.relpath(item.path, here).startswith(ONE_PYTHON):
+            item.add_marker(pytest.mark.one_python)
 
 
 @pytest.fixture(autouse=True)
