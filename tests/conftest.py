@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+import textwrap
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from pytest_timeout import Settings
 
+from commands import HEADER
 from fifos import Fifo
 from shared_memory import mpich_segments, remove_orphans
 
@@ -19,6 +21,7 @@ TEARDOWN = Settings(
 
 #: Modules that `nox -s tests` runs on one Python; the noxfile says why. Folders end with a slash.
 ONE_PYTHON = (
+    "backends/dask_parallel/",
     "backends/test_dask",
     "launch/",
     "runtime/test_mpi",
@@ -74,3 +77,16 @@ def go(tmp_path: Path) -> Iterator[Fifo]:
     """Where they wait until the test lets them go on."""
     with Fifo(tmp_path / "go") as fifo:
         yield fifo
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., Path]:
+    """Write a workflow script: the header, then a body."""
+
+    def write(body: str, name: str = "workflow.py", header: str = HEADER) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(header + textwrap.dedent(body))
+        return path
+
+    return write

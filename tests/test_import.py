@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import re
@@ -130,41 +129,3 @@ def cpu(script: str) -> float:
     subprocess.run([sys.executable, "-c", script], check=True, env=env)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-
-
-PACKAGE = Path(rhapsody.__file__).parent
-ABOVE = {
-    "runtime": ("backends", "api", "cli"),
-    "backends": ("api", "cli"),
-    "api": ("launch", "cli"),
-    "launch": ("cli",),
-}
-
-
-def imports() -> dict[str, set[str]]:
-    """Modules of the package by the files that name them, wherever in the file."""
-    found: dict[str, set[str]] = {}
-    for file in PACKAGE.rglob("*.py"):
-        here = (PACKAGE.name, *file.relative_to(PACKAGE).parts)
-        names = found.setdefault("/".join(here[1:]), set())
-        for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Import):
-                names.update(alias.name for alias in node.names)
-            elif isinstance(node, ast.ImportFrom):
-                above = here[: -node.level] if node.level else ()
-                module = ".".join([*above, *([node.module] if node.module else [])])
-                names.add(module)
-                names.update(f"{module}.{alias.name}" for alias in node.names)
-    return found
-
-
-def test_nothing_imports_upwards() -> None:
-    """Runtime knows nobody above it, a backend no session, and nobody the command line."""
-    wrong = [
-        f"{file} imports {name}"
-        for file, names in imports().items()
-        for above in ABOVE.get(file.partition("/")[0], ())
-        for name in names
-        if f"{name}.".startswith(f"rhapsody.{above}.")
-    ]
-    assert wrong == []
