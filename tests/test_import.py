@@ -39,7 +39,13 @@ NAMES = {
     "rhapsody.backends.discovery": ["BackendRegistry", "discover_backends", "get_backend"],
     "rhapsody.backends.execution": ["ConcurrentExecutionBackend", "NoopExecutionBackend"],
     "rhapsody.backends.execution.concurrent": ["ConcurrentExecutionBackend"],
+    "rhapsody.backends.execution.dask_parallel": ["DaskExecutionBackend"],
+    "rhapsody.backends.execution.dragon": [
+        "DragonExecutionBackendV1", "DragonExecutionBackendV2", "DragonExecutionBackendV3",
+    ],
     "rhapsody.backends.execution.noop": ["NoopExecutionBackend"],
+    "rhapsody.api.session": ["Session"],
+    "rhapsody.api.task": ["ComputeTask", "AITask", "BaseTask"],
 }  # fmt: skip
 
 #: Engines, and what only the command line needs.

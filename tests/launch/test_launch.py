@@ -18,7 +18,8 @@ from pathlib import Path
 import pytest
 
 from fifos import Fifo, readable
-from processes import command_line, descendants_of, driver_of, gone
+from proc import command_line
+from processes import descendants_of, driver_of, gone
 from rhapsody.launch.dragon.command import build_command, path_with_launcher
 from rhapsody.launch.dragon.output import LauncherOutput
 from rhapsody.launch.dragon.shared_memory import SegmentTracker, check_shared_memory
