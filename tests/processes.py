@@ -105,7 +105,9 @@ async def driver_of(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    output = {os.readlink(f"/proc/{driver.pid}/fd/{fd}") for fd in (1, 2)}
+    output: set[str] = set()
+    with contextlib.suppress(*GONE):  # it may have ended
+        output = {os.readlink(f"/proc/{driver.pid}/fd/{fd}") for fd in (1, 2)}
     try:
         yield driver
     finally:
