@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rhapsody.backends.descriptors import BUILT_IN
-from rhapsody.launch.dragon.command import check_shared_memory as check_dragons_memory
 from rhapsody.launch.dragon.pmix import can_load_pmix, find_pmix, pmix_of_openmpi
 from rhapsody.launch.dragon.shared_memory import SHARED_MEMORY, free_bytes
+from rhapsody.launch.dragon.shared_memory import check_shared_memory as check_dragons_memory
 from rhapsody.runtime.errors import ResourceError
 from rhapsody.runtime.machine import hardware
 

@@ -17,8 +17,9 @@ from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.local.calls import Call
 from rhapsody.runtime.local.children import RESOURCE_ERRNOS, Children, Ended, Started
 from rhapsody.runtime.local.executables import ExecutableRun, describe
-from rhapsody.runtime.local.process_pool import ProcessLanes, WorkerSpec
-from rhapsody.runtime.local.thread_pool import ThreadLanes
+from rhapsody.runtime.local.process_pool import ProcessPool
+from rhapsody.runtime.local.thread_pool import ThreadPool
+from rhapsody.runtime.local.worker_process import WorkerSpec
 from rhapsody.runtime.machine import hardware
 from rhapsody.runtime.machine.mpi import local_mpiexec
 from rhapsody.runtime.machine.slots import Grant, Slots
@@ -99,16 +100,16 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
 
     async def _start(self) -> None:
         self._children = Children(self._on_children)
-        self._lanes: ThreadLanes | ProcessLanes
+        self._pool: ThreadPool | ProcessPool
         if isinstance(self._executor, ProcessPoolExecutor):
             width, spec = _read_pool(self._executor)
-            self._lanes = ProcessLanes(width, spec, self._report, self._children, self.name)
+            self._pool = ProcessPool(width, spec, self._report, self._children, self.name)
             return
         executor = self._executor
         if executor is None:
             width = len(self._cores) + 4
             executor = self._own_executor = ThreadPoolExecutor(width, "rhapsody")
-        self._lanes = ThreadLanes(executor, _width_of(executor, len(self._cores)), self._report)
+        self._pool = ThreadPool(executor, _width_of(executor, len(self._cores)), self._report)
 
     async def _stop(self) -> None:
         canceled: list[Event] = [(task, "CANCELED", None) for task in self._queue]
@@ -124,12 +125,12 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             _remove_if_empty(self._work_dir)
 
     async def _stop_functions(self) -> None:
-        if isinstance(self._lanes, ProcessLanes):
-            await self._lanes.stop(self._grace)
+        if isinstance(self._pool, ProcessPool):
+            await self._pool.stop(self._grace)
             return
-        self._lanes.cancel_waiting()
-        running = self._lanes.coroutines
-        await asyncio.gather(*(self._lanes.cancel(uid, self._grace) for uid in running))
+        self._pool.cancel_waiting()
+        running = self._pool.coroutines
+        await asyncio.gather(*(self._pool.cancel(uid, self._grace) for uid in running))
         if self._own_executor is not None:
             self._own_executor.shutdown(wait=False)
 
@@ -168,7 +169,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             else:
                 self._queue.append(task)
         if calls:
-            self._lanes.submit(calls)
+            self._pool.submit(calls)
         if self._queue:
             self._children.sync_environment()
             self._fill_slots()
@@ -207,7 +208,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         call = _call_of(task, grant)
         self._grants[task["uid"]] = grant
         try:
-            self._lanes.submit([call])
+            self._pool.submit([call])
         except RuntimeError as error:  # its owner has shut the executor down
             raise BackendError(f"cannot run the task: {error}") from error
 
@@ -287,7 +288,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
                 return True
         if uid in self._keys:
             return await self._stop_process(self._keys[uid])
-        return await self._lanes.cancel(uid, self._grace)
+        return await self._pool.cancel(uid, self._grace)
 
     async def _stop_process(self, key: int) -> bool:
         running = self._running.get(key)

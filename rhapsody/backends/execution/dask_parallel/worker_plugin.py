@@ -23,6 +23,7 @@ from distributed import get_worker
 
 from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError
+from rhapsody.runtime.local.calls import call_function, strip_frames
 from rhapsody.runtime.local.executables import Executable, ExecutableRun, ExecutableRunner, Outcome
 from rhapsody.runtime.text import argument_str
 
@@ -158,16 +159,12 @@ def run_function(call: Call, parents: Sequence[Any] = ()) -> Any:
             if parents:
                 args = [fill(value, parents) for value in args]
                 kwargs = {name: fill(value, parents) for name, value in kwargs.items()}
-            value = function(*args, **kwargs)
-            if isinstance(value, Coroutine):
-                value = run.coroutine(value)
-            return _checked(value)
+            return _checked(call_function(function, args, kwargs, watch=run.watch))
     except Refused:
         raise
     except BaseException as error:
         # SystemExit too: it is the function that ends, not the worker.
-        trace = error.__traceback__
-        error.__traceback__ = trace.tb_next if trace is not None else None
+        strip_frames(error)
         failure = _failed(call.key, error)
     # Not from within the except: Dask pickles what an exception was raised in the wake of, too.
     raise failure
@@ -300,14 +297,10 @@ class _Run:
         self.task: asyncio.Task[Any] | None = None
         self.child: int | None = None
 
-    def coroutine(self, coroutine: Any) -> Any:
-        """Run the coroutine of an async function on a loop of its own."""
-
-        async def main() -> Any:
-            self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
-            return await coroutine
-
-        return asyncio.run(main())
+    async def watch(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run the coroutine of an async function, where it can be cancelled."""
+        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+        return await coroutine
 
 
 class _Running:
