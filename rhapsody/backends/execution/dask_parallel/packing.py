@@ -17,7 +17,7 @@ from rhapsody.runtime.text import argument_str, plain_str
 
 from .capacity import requested_resources
 from .task import DaskTask
-from .worker_plugin import Call, OpaqueBytes, Program, Slot, run_function, run_program
+from .worker_plugin import Call, OpaqueBytes, Placeholder, Program, run_function, run_program
 
 __all__ = ["TaskSerializer"]
 
@@ -90,7 +90,7 @@ class TaskSerializer:
         arguments = [self._resolve(task, argument) for argument in _arguments(submitted)]
         words = [
             plain_str(submitted["executable"]),
-            *(arg if isinstance(arg, Slot) else argument_str(arg) for arg in arguments),
+            *(arg if isinstance(arg, Placeholder) else argument_str(arg) for arg in arguments),
         ]
         executable = describe(submitted, words=())
         if isinstance(executable.stdin, str):  # a path, relative to a folder of the client
@@ -140,7 +140,7 @@ class TaskSerializer:
             if parent not in task.parents:
                 task.parents.append(parent)
                 parent.children.append(task)
-            return Slot(task.parents.index(parent))
+            return Placeholder(task.parents.index(parent))
         settled: Any = value
         if not hasattr(settled, "result") or not settled.done():
             return value
