@@ -340,7 +340,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         for key in keys:
             if (flight := self._flights.get(key)) is not None:
                 flight.worker = worker
-                events.append((flight.task, "RUNNING", None))
+                events.append(Event(flight.task, "RUNNING"))
         if events:
             self.deliver_burst(events)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, inputs_of, kind_of
+from rhapsody.runtime.arguments import arguments_of, inputs_of
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import argument_str
 
 from . import worker_plugin as remote
@@ -91,7 +92,7 @@ class TaskSerializer:
             plugin=self._plugin,
             key=flight.key,
             uid=flight.uid,
-            argv=[task["executable"], *(self._word(flight, a) for a in _arguments(task))],
+            argv=[task["executable"], *(self._word(flight, a) for a in arguments_of(task))],
             shell=bool(options.get("shell")),
             ranks=need.ranks if need else 1,
             cwd=os.path.abspath(cwd) if cwd else None,
@@ -163,12 +164,6 @@ class TaskSerializer:
         if ended.state != "DONE":
             raise DependencyError(flight.uid, ended.uid, ended.exception)
         return ended.result()
-
-
-def _arguments(task: Task) -> Sequence[Any]:
-    bound = None if isinstance(task, dict) else task._bound
-    given: Sequence[Any] = (task.get("arguments") or []) if bound is None else bound["arguments"]
-    return given
 
 
 def _path_or_bytes(stdin: Any) -> bytes | str:

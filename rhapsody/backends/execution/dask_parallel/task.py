@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rhapsody.runtime.arguments import Task, kind_of
 from rhapsody.runtime.errors import TaskValidationError
+from rhapsody.runtime.task import Task, kind_of
 
 __all__ = [
     "DASK_KEYS",
