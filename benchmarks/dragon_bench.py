@@ -14,9 +14,12 @@ import os
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 from benchmarks import command, side
 from benchmarks.figures import Figure, Side, Target, count, increments
+
+sys.path.append(str(Path(__file__).parents[1] / "tests"))  # for the namespaces of on_dragon
 
 _RAW = "benchmarks.dragon_raw"
 _OURS = "benchmarks.sessions"
@@ -142,7 +145,7 @@ def main() -> None:
 
 def _inside() -> int:
     """Run this command in a sandbox."""
-    from tests.on_dragon.nodes import Sandbox
+    from on_dragon.nodes import Sandbox
 
     with Sandbox() as place:
         again = [sys.executable, "-m", "benchmarks.dragon_bench", *sys.argv[1:]]
@@ -155,7 +158,7 @@ def _inside() -> int:
 
 def _patches() -> dict[str, str]:
     """What makes Dragon bearable on a few cores, of which Batch takes half."""
-    from tests.on_dragon import small
+    from on_dragon import small
 
     return small.environment(cpus=2 * side.cores())
 

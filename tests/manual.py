@@ -58,3 +58,16 @@ class ManualBackend(BaseExecutionBackend):
         """Let the loop take in what was reported, and what follows from it."""
         for _ in range(8):  # turns: the wake, a burst's end, a release, a hand-over
             await asyncio.sleep(0)
+
+
+class SlowToStart(ManualBackend):
+    """Starts when `may_start` is set; `begun` says that its start was asked for."""
+
+    def __init__(self, name: str = "slow") -> None:
+        super().__init__(name)
+        self.begun = asyncio.Event()
+        self.may_start = asyncio.Event()
+
+    async def _start(self) -> None:
+        self.begun.set()
+        await self.may_start.wait()

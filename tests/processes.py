@@ -1,4 +1,4 @@
-"""Watching real processes: by what they write to a FIFO that they hold open, and by /proc."""
+"""Real processes: starting one for a test, and what /proc says of it and of those below it."""
 
 from __future__ import annotations
 
@@ -6,96 +6,18 @@ import asyncio
 import contextlib
 import os
 import re
-import select
+import signal
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
+from fifos import PATIENCE, readable
+from proc import GONE, command_line, is_warden, pids
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
-PATIENCE = 30.0  # seconds until a wait for an event is a failure
-
-
-class Roster:
-    """A FIFO that programs report to, and that they and their descendants hold open.
-
-    `HERE` at the start of a shell script opens it and reports the shell's pid. As every
-    descendant inherits the descriptor, its end of file says that all of them are gone.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "roster"
-        os.mkfifo(self.path)
-        self._fd = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
-        self._own = os.open(self.path, os.O_WRONLY)  # no end of file before we want to see it
-        self._data = b""
-        self.here = f"exec 9>'{self.path}'; echo $$ >&9"
-
-    def script(self, rest: str, before: str = ":") -> list[str]:
-        """The arguments of a shell that reports, then goes on with `rest`."""
-        return ["-c", f"{before}; {self.here}; {rest}"]
-
-    def forking(self) -> str:
-        """A script that reports, and forks on and on in a session of its own."""
-        forks = "n=0; while [ $n -lt 500 ]; do sleep 1000 & n=$((n+1)); done; wait"
-        return f"setsid sh -c '{self.here.replace(chr(39), '')}; {forks}' & wait"
-
-    async def line(self) -> str:
-        """The next line that was reported."""
-        while b"\n" not in self._data:
-            await readable(self._fd)
-            self._data += os.read(self._fd, 65536)
-        line, _, self._data = self._data.partition(b"\n")
-        return line.decode()
-
-    async def lines(self, count: int) -> list[str]:
-        return [await self.line() for _ in range(count)]
-
-    async def empty(self) -> None:
-        """Wait until nobody holds it open any more."""
-        os.close(self._own)
-        try:
-            while True:
-                await readable(self._fd)
-                more = os.read(self._fd, 65536)
-                if not more:
-                    return
-                self._data += more
-        finally:
-            # A writer again, so that more can be reported; then the reader is surely there.
-            self._own = os.open(self.path, os.O_WRONLY)
-
-    def is_empty(self) -> bool:
-        """Whether nobody holds it open now."""
-        os.close(self._own)
-        try:
-            poll = select.poll()
-            poll.register(self._fd, select.POLLIN)
-            return any(bits & select.POLLHUP for _, bits in poll.poll(0))
-        finally:
-            self._own = os.open(self.path, os.O_WRONLY)
-
-    def close(self) -> None:
-        os.close(self._own)
-        os.close(self._fd)
-
-
-async def readable(fd: int) -> None:
-    """Wait until a descriptor can be read, or is at its end."""
-    loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-
-    def tell() -> None:
-        if not ready.done():
-            ready.set_result(None)
-
-    loop.add_reader(fd, tell)
-    try:
-        await asyncio.wait_for(ready, PATIENCE)
-    finally:
-        loop.remove_reader(fd)
+ENDS = 10.0  # seconds for the output of a killed process to end
 
 
 async def gone(pid: int) -> None:
@@ -129,13 +51,6 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def command_line(pid: int) -> list[bytes]:
-    """The words of a process's command; none of one that has ended."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-    return []
-
-
 def descendants_of(pid: int) -> list[int]:
     """Pids of the processes below one."""
     below = children_of(pid)
@@ -147,27 +62,12 @@ def wardens() -> list[int]:
     return [pid for pid in children_of(os.getpid()) if is_warden(pid)]
 
 
-def is_warden(pid: int) -> bool:
-    return any(
-        word.endswith((b"local/warden", b"local/warden/__main__.py")) for word in command_line(pid)
-    )
-
-
 def peak_memory(pid: int) -> int:
     """The most memory that a process has held, in bytes."""
     for line in Path(f"/proc/{pid}/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024
     raise AssertionError(f"no VmHWM of {pid}")
-
-
-@contextlib.contextmanager
-def roster_in(folder: Path) -> Iterator[Roster]:
-    roster = Roster(folder)
-    try:
-        yield roster
-    finally:
-        roster.close()
 
 
 @contextlib.asynccontextmanager
@@ -187,14 +87,17 @@ async def run(*tasks: ComputeTask, slots: int | None = 2) -> None:
 
 @contextlib.asynccontextmanager
 async def driver_of(
-    program: str | Path, *arguments: str, start_new_session: bool = False
+    program: str | Path, *arguments: str, warnings: str = "error", start_new_session: bool = False
 ) -> AsyncIterator[asyncio.subprocess.Process]:
-    """A Python process, which is killed at the end if it still runs: a text, or a script's path."""
+    """A Python process that runs a script, by its text or its path, and is killed at the end.
+
+    What it started and left behind, holding its output, is killed too, and is a failure.
+    """
     what = ["-c", program] if isinstance(program, str) else [str(program)]
     driver = await asyncio.create_subprocess_exec(
         sys.executable,
         "-W",
-        "error",
+        warnings,
         *what,
         *arguments,
         start_new_session=start_new_session,
@@ -202,14 +105,42 @@ async def driver_of(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
+    output: set[str] = set()
+    with contextlib.suppress(*GONE):  # it may have ended
+        output = {os.readlink(f"/proc/{driver.pid}/fd/{fd}") for fd in (1, 2)}
     try:
         yield driver
     finally:
         if driver.returncode is None:
             driver.kill()
-        out, err = await driver.communicate()
+        left: dict[int, str] = {}
+        try:
+            out, err = await asyncio.wait_for(driver.communicate(), ENDS)
+        except asyncio.TimeoutError:
+            left = _kill_holders(output)
+            out, err = await asyncio.wait_for(driver.communicate(), ENDS)
         sys.stdout.write(out.decode(errors="replace"))  # pytest shows them if the test fails
         sys.stderr.write(err.decode(errors="replace"))
+        assert not left, f"left behind by the driver, holding its output: {left}"
+
+
+def _open_files(pid: int) -> set[str]:
+    return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+
+def _kill_holders(files: set[str]) -> dict[int, str]:
+    """Kill the processes, other than this one, that hold one of these open; return what they were.
+
+    Args:
+        files: as /proc/PID/fd names them, `pipe:[4711]`.
+    """
+    found: dict[int, str] = {}
+    for pid in pids():
+        with contextlib.suppress(*GONE):
+            if pid != os.getpid() and files & _open_files(pid):
+                found[pid] = b" ".join(command_line(pid)).decode(errors="replace")
+                os.kill(pid, signal.SIGKILL)
+    return found
 
 
 def most_at_once(log: Path) -> int:

@@ -3,46 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import os
 import random
-import signal
-import sys
 import threading
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from functions import die, double, double_later, fail
+from pools import process_pool
 from rhapsody.api import ComputeTask, Resources, Session, WorkerLostError
 from rhapsody.backends import ConcurrentExecutionBackend
 
-QUICK = "fork" if sys.version_info < (3, 12) else "forkserver"
 PATIENCE = 90.0
-
-
-def double(x: int) -> int:
-    return 2 * x
-
-
-async def double_later(x: int) -> int:
-    await asyncio.sleep(0.001)
-    return 2 * x
-
-
-def fail(x: int) -> None:
-    raise LookupError(x)
-
-
-def die(x: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-async def processes(width: int) -> ConcurrentExecutionBackend:
-    pool = ProcessPoolExecutor(width, mp_context=multiprocessing.get_context(QUICK))
-    return await ConcurrentExecutionBackend(pool)
 
 
 def mixed(count: int, seed: int, *, deaths: bool) -> list[ComputeTask]:
@@ -82,7 +57,7 @@ def check_result(task: ComputeTask) -> None:
 
 @pytest.mark.parametrize("where", ["threads", "processes"])
 async def test_ten_thousand_tasks_of_mixed_kinds(where: str) -> None:
-    backend = await (ConcurrentExecutionBackend() if where == "threads" else processes(3))
+    backend = await (ConcurrentExecutionBackend() if where == "threads" else process_pool(3))
     states: Counter[str] = Counter()
     tasks = mixed(10_000, 1, deaths=where == "processes")
     async with Session([backend]) as session:
@@ -100,7 +75,7 @@ async def test_ten_thousand_tasks_of_mixed_kinds(where: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 async def test_deaths_and_cancels_among_very_many(seed: int) -> None:
     """Whoever is not canceled has the right end, whatever happens to the others."""
-    backend = await processes(3)
+    backend = await process_pool(3)
     tasks = mixed(1500, seed, deaths=True)
     chance = random.Random(seed)
     async with Session([backend]) as session:
@@ -143,7 +118,7 @@ def test_tasks_made_by_several_threads_have_uids_of_their_own() -> None:
 
 async def test_sessions_side_by_side_do_not_hear_of_each_other() -> None:
     async def one(number: int) -> list[Any]:
-        backend = await (processes(2) if number % 2 else ConcurrentExecutionBackend())
+        backend = await (process_pool(2) if number % 2 else ConcurrentExecutionBackend())
         async with Session([backend]) as session:
             tasks = [ComputeTask(function=double, args=(n + number,)) for n in range(300)]
             await session.submit_tasks(tasks)
@@ -155,7 +130,7 @@ async def test_sessions_side_by_side_do_not_hear_of_each_other() -> None:
 
 
 async def test_a_task_with_the_uid_of_one_that_ended_is_another(tmp_path: Path) -> None:
-    async with Session([await processes(2)]) as session:
+    async with Session([await process_pool(2)]) as session:
         for round_ in range(30):
             tasks = [ComputeTask(function=double, args=(round_,), uid=f"t{n}") for n in range(20)]
             await session.submit_tasks(tasks)

@@ -1,4 +1,4 @@
-"""Backends: one room per engine, behind one contract."""
+"""Backends: what runs tasks, one package or module per engine, behind one contract."""
 
 from __future__ import annotations
 

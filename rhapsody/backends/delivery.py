@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from rhapsody.runtime.errors import BackendError
-from rhapsody.runtime.task import Event, Fields, Report, Task, kind_of
+from rhapsody.runtime.task import Event, EventTuple, Fields, Task, kind_of
 from rhapsody.runtime.text import safe_str
 
 from .constants import DONE, TERMINAL_STATES
@@ -18,9 +18,10 @@ __all__ = ["Delivery", "Listener"]
 
 logger = logging.getLogger(__name__)
 
-Delivered = tuple[Task, str, Fields | None]
-#: Called on the loop's thread with the task, state and results of each event, in their order.
-Listener = Callable[[Sequence[Delivered]], None]
+#: An `Event`, or its fields.
+Reported = tuple[Task | str, str, Fields | None]
+#: Called on the loop's thread with events, in their order.
+Listener = Callable[[Sequence[EventTuple]], None]
 
 # Events taken per turn of the loop: a turn of about 2 ms, so that a burst of any size leaves the
 # loop free for others in between.
@@ -46,7 +47,7 @@ class Delivery:
         self.dropped_events = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._live: dict[str, Task] = {}  # tasks in flight, by uid
-        self._reports: deque[Report | _SameState] = deque()
+        self._reports: deque[Reported | _SameState] = deque()
         self._wake_pending = False
         self._callback: Callable[[Any, str], object] | None = None
         self._listener: Listener = _write_results
@@ -57,7 +58,7 @@ class Delivery:
         """Report the state of a task (or of its uid) with its results. Safe from any thread."""
         self.deliver_burst((Event(task, state, fields or None),))
 
-    def deliver_burst(self, events: Iterable[Report]) -> None:
+    def deliver_burst(self, events: Iterable[Reported]) -> None:
         """Report many states at once. Safe from any thread; costs at most one wake of the loop."""
         self._reports.extend(events)
         if not self._wake_pending:
@@ -104,7 +105,7 @@ class Delivery:
         # First the flag, then the reports: one that comes in between causes a wake that finds none.
         self._wake_pending = False
         reports = self._reports
-        burst: list[Delivered] = []
+        burst: list[EventTuple] = []
         taken = 0
         while reports and taken < _BURST:
             report = reports.popleft()
@@ -123,7 +124,7 @@ class Delivery:
                 if self._callback is not None:
                     self._call_back(burst)
 
-    def _accept(self, report: Report, burst: list[Delivered]) -> None:
+    def _accept(self, report: Reported, burst: list[EventTuple]) -> None:
         """Add the report of a task in flight to a burst; a terminal one ends the flight."""
         named, state, fields = report
         if isinstance(named, str):
@@ -136,10 +137,10 @@ class Delivery:
         else:
             burst.append((task, state, fields))
 
-    def _accept_all(self, report: _SameState) -> list[Delivered]:
+    def _accept_all(self, report: _SameState) -> list[EventTuple]:
         tasks, state = report
         find = self._live.pop if state in TERMINAL_STATES else self._live.get
-        burst: list[Delivered] = [
+        burst: list[EventTuple] = [
             (found, state, None)
             for task in tasks
             if (found := find(task["uid"] if isinstance(task, dict) else task.uid, None))
@@ -148,7 +149,7 @@ class Delivery:
         self.dropped_events += len(tasks) - len(burst)
         return burst
 
-    def _call_back(self, burst: Sequence[Delivered]) -> None:
+    def _call_back(self, burst: Sequence[EventTuple]) -> None:
         callback = self._callback
         assert callback is not None
         for task, state, _ in burst:
@@ -166,7 +167,7 @@ _TIMES = frozenset({"started", "ended"})
 _RESULTS = ("return_value", "stdout", "stderr", "exit_code", "exception")
 
 
-def _write_results(burst: Sequence[Delivered]) -> None:
+def _write_results(burst: Sequence[EventTuple]) -> None:
     """Listener where there is no session: write states and results into the tasks."""
     for task, state, fields in burst:
         try:

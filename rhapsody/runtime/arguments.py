@@ -9,7 +9,15 @@ from typing import Any
 from .task import Task
 from .text import argument_str, plain_str
 
-__all__ = ["CONTAINERS", "arguments_of", "command_of", "elements", "inputs_of", "map_elements"]
+__all__ = [
+    "CONTAINERS",
+    "arguments_of",
+    "command_of",
+    "elements",
+    "inputs_of",
+    "map_elements",
+    "shell_command",
+]
 
 #: Containers among arguments in which tasks are looked for, one level deep.
 CONTAINERS = (list, tuple, dict)
@@ -54,6 +62,9 @@ def command_of(task: Task, *, shell: bool = False) -> list[str]:
     """
     words = [argument_str(argument) for argument in arguments_of(task)]
     program = plain_str(task["executable"])
-    if shell:
-        return ["/bin/sh", "-c", " ".join([program, *map(shlex.quote, words)])]
-    return [program, *words]
+    return shell_command([program, *words]) if shell else [program, *words]
+
+
+def shell_command(words: Sequence[str]) -> list[str]:
+    """Return how to have `/bin/sh` run the command line `words[0]`; the other words are quoted."""
+    return ["/bin/sh", "-c", " ".join([words[0], *map(shlex.quote, words[1:])])]

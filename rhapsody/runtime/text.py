@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["argument_str", "describe_error", "environment_fault", "plain_str", "safe_str"]
+__all__ = [
+    "argument_str",
+    "describe_error",
+    "describe_value",
+    "environment_fault",
+    "plain_str",
+    "safe_str",
+]
 
 
 def safe_str(value: Any) -> str:
@@ -36,17 +44,29 @@ def argument_str(value: object) -> str:
     return plain_str(value if isinstance(value, (str, bytes, os.PathLike)) else str(value))
 
 
-def environment_fault(env: Any) -> str | None:
-    """Return what is wrong with environment variables, None where they are well."""
+def describe_value(value: object) -> str:
+    """Return a number or None as it is, and only the type of anything else, for a message.
+
+    A value that was refused may hold a password or token.
+    """
+    if value is None or isinstance(value, (bool, int, float)):
+        return safe_str(value)
+    return f"this {type(value).__name__}"
+
+
+def environment_fault(env: object) -> str | None:
+    """Return what is wrong with environment variables, None where nothing is.
+
+    Only names are in it, and of a name no more than what is before `=` or NUL.
+    """
     if not isinstance(env, Mapping):
-        return f"env must be a dict of str, not {env!r}"
+        return f"env must be a dict of str to str, not {describe_value(env)}"
     for name, value in env.items():
-        if (
-            not isinstance(name, str)
-            or not isinstance(value, str)
-            or not name
-            or "=" in name
-            or "\0" in name + value
-        ):
-            return f"env must map str to str, not {name!r}: {value!r}"
+        if not isinstance(name, str):
+            return f"env must be a dict of str to str; a name in it is {describe_value(name)}"
+        if not name or "=" in name or "\0" in name:
+            start = re.split("[=\0]", name)[0]
+            return f"env names must be non-empty str without '=' and NUL; one begins with {start!r}"
+        if not isinstance(value, str) or "\0" in value:
+            return f"env[{name!r}] must be a str without NUL, not {describe_value(value)}"
     return None

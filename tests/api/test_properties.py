@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from functions import noop
 from manual import ManualBackend
 from rhapsody.api import (
     AITask,
@@ -51,10 +52,6 @@ settings.load_profile("tests")
 
 TERMINAL = ("DONE", "FAILED", "CANCELED")
 ORDER = {"NEW": 0, "WAITING": 1, "SUBMITTED": 2, "RUNNING": 3, **dict.fromkeys(TERMINAL, 4)}
-
-
-def noop() -> None:
-    return None
 
 
 class TestsTime(asyncio.SelectorEventLoop):

@@ -14,6 +14,7 @@ from typing import Any
 import cloudpickle
 import pytest
 
+from functions import double, fail
 from manual import ManualBackend
 from rhapsody.api import (
     AITask,
@@ -28,17 +29,9 @@ from rhapsody.api import (
 from rhapsody.backends import ConcurrentExecutionBackend, NoopExecutionBackend
 
 
-def double(x: int) -> int:
-    return 2 * x
-
-
 async def double_async(x: int) -> int:
     await asyncio.sleep(0)
     return 2 * x
-
-
-def fail(message: str = "as it was told to") -> None:
-    raise KeyError(message)
 
 
 # ---------------------------------------------------------------------- description

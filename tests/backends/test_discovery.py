@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import nox.project
 import pytest
 
 import rhapsody
 from rhapsody import BackendRegistry, discover_backends, get_backend
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend, NoopExecutionBackend, discovery
+from rhapsody.backends.descriptors import BUILT_IN
 
+ROOT = Path(__file__).parents[2]
 THIRD_PARTY = Path(__file__).parents[1] / "thirdparty"
 
 
@@ -114,9 +118,33 @@ def test_a_registered_module_that_breaks_says_how(elsewhere: Path) -> None:
 
 @pytest.mark.parametrize("path", ["", "module", ":Class", "module:"])
 def test_a_path_that_names_no_class(path: str) -> None:
-    with pytest.raises(ValueError, match=r"an import path is 'package\.module:Class'"):
+    with pytest.raises(ValueError, match=r"an import path must be 'package\.module:Class'"):
         BackendRegistry.register_backend("bad", path)
     assert "bad" not in BackendRegistry.list_backends()
+
+
+# ---------------------------------------------------------------------- engines
+
+#: extras of this project that are not an engine's
+OTHER_EXTRAS = {"demo", "dev"}
+
+
+def test_each_engine_has_an_extra_that_installs_it() -> None:
+    extras = nox.project.load_toml(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    engines = {backend.engine for backend in BUILT_IN.values() if backend.engine}
+    assert {engine.extra for engine in engines} == extras.keys() - OTHER_EXTRAS
+    for engine in engines:
+        names = {re.split(r"[^\w.-]", requirement)[0] for requirement in extras[engine.extra]}
+        assert engine.distribution in names
+
+
+def test_an_engine_is_installed_by_the_lines_of_three_package_managers() -> None:
+    assert discovery.install_hint("dask") == (
+        "pip install 'rhapsody-py[dask]' or conda install -c conda-forge distributed"
+        " or spack install py-distributed"
+    )
+    assert discovery.install_hint("dragon") == "pip install 'rhapsody-py[dragon]'"
+    assert discovery.install_hint("concurrent") == discovery.install_hint("unknown") == ""
 
 
 # ---------------------------------------------------------------------- other packages

@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
-
-from processes import Roster, children_of, driver_of, gone, roster_in
-
-
-@pytest.fixture
-def roster(tmp_path: Path) -> Iterator[Roster]:
-    with roster_in(tmp_path) as roster:
-        yield roster
-
+from fifos import Fifo
+from processes import children_of, driver_of, gone
 
 # argv: the roster, the grace, and what an executable does before it waits.
 PROGRAM = """
@@ -47,7 +38,7 @@ except KeyboardInterrupt:
 IGNORES = "trap '' TERM INT"
 
 
-async def test_once_stops_everything_and_closes_the_session(roster: Roster) -> None:
+async def test_once_stops_everything_and_closes_the_session(roster: Fifo) -> None:
     async with driver_of(PROGRAM, str(roster.path), "1000", ":") as driver:
         await roster.lines(2)
         (warden,) = children_of(driver.pid)
@@ -63,7 +54,7 @@ async def test_once_stops_everything_and_closes_the_session(roster: Roster) -> N
         assert "never retrieved" not in said
 
 
-async def test_once_escalates_where_sigterm_is_ignored(roster: Roster) -> None:
+async def test_once_escalates_where_sigterm_is_ignored(roster: Fifo) -> None:
     async with driver_of(PROGRAM, str(roster.path), "0.1", IGNORES) as driver:
         await roster.lines(2)
         os.kill(driver.pid, signal.SIGINT)
@@ -73,7 +64,7 @@ async def test_once_escalates_where_sigterm_is_ignored(roster: Roster) -> None:
         assert await driver.stdout.read() == b"CANCELED True\ninterrupted\n"
 
 
-async def test_twice_ends_the_driver_at_once_and_its_executables_too(roster: Roster) -> None:
+async def test_twice_ends_the_driver_at_once_and_its_executables_too(roster: Fifo) -> None:
     """The grace is long, and nobody waits for it."""
     trap = "trap '' INT; trap 'echo TERM >&9' TERM"
     async with driver_of(PROGRAM, str(roster.path), "1000", trap) as driver:
@@ -86,7 +77,7 @@ async def test_twice_ends_the_driver_at_once_and_its_executables_too(roster: Ros
         await roster.empty()
 
 
-async def test_ctrl_c_of_a_terminal_reaches_no_executable_by_itself(roster: Roster) -> None:
+async def test_ctrl_c_of_a_terminal_reaches_no_executable_by_itself(roster: Fifo) -> None:
     """It goes to the whole foreground group; the executables end by the driver's order only."""
     trap = "trap 'echo INT >> heard' INT; trap 'exit 0' TERM"
     async with driver_of(PROGRAM, str(roster.path), "1000", trap, start_new_session=True) as driver:

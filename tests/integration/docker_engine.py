@@ -27,11 +27,12 @@ def docker_command() -> str:
     return "/usr/bin/docker" if Path("/usr/bin/docker").exists() else machine.which("docker") or ""
 
 
-def docker(*arguments: str, check: bool = True, **kwargs: object) -> str:
+def docker(*arguments: str, check: bool = True, timeout: float = 600.0) -> str:
     """Run one docker command and return what it printed.
 
     Raises:
         RuntimeError: it failed, with its own words.
+        subprocess.TimeoutExpired: it took more than `timeout` seconds; a build takes minutes.
     """
     env = {**os.environ, "DOCKER_BUILDKIT": "1"}
     done = subprocess.run(
@@ -39,7 +40,7 @@ def docker(*arguments: str, check: bool = True, **kwargs: object) -> str:
         env=env,
         capture_output=True,
         text=True,
-        **kwargs,  # type: ignore[call-overload]
+        timeout=timeout,
     )
     if check and done.returncode:
         raise RuntimeError(f"docker {' '.join(arguments)}: {done.stderr.strip()}")
@@ -49,7 +50,11 @@ def docker(*arguments: str, check: bool = True, **kwargs: object) -> str:
 def answers() -> bool:
     """Whether an Engine answers."""
     command = [docker_command(), "version", "--format", "{{.Server.Version}}"]
-    return bool(docker_command()) and subprocess.run(command, capture_output=True).returncode == 0
+    try:
+        done = subprocess.run(command, capture_output=True, timeout=30)
+    except (FileNotFoundError, PermissionError, subprocess.TimeoutExpired):
+        return False
+    return done.returncode == 0
 
 
 def start(ledger: machine.Ledger) -> subprocess.Popen[bytes] | None:
@@ -87,7 +92,7 @@ def start(ledger: machine.Ledger) -> subprocess.Popen[bytes] | None:
     if not answers():
         tail = log.read_text(errors="replace")[-2000:]
         ledger.stop(daemon.pid)
-        daemon.wait()
+        daemon.wait(10)
         raise RuntimeError(f"dockerd did not come up:\n{tail}")
     return daemon
 
@@ -116,6 +121,7 @@ def build(*targets: str, name: str = "rhapsody-test", options: tuple[str, ...] =
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        timeout=1800,
     )
     if done.returncode:
         raise RuntimeError(f"containers/build {' '.join(targets)} failed:\n{done.stdout}")

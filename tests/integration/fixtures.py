@@ -32,4 +32,4 @@ def engine(ledger: machine.Ledger) -> Iterator[None]:
         docker_engine.sweep()
         if daemon is not None:
             ledger.stop(daemon.pid)
-            daemon.wait()
+            daemon.wait(10)

@@ -162,7 +162,7 @@ def running(
         _cancel_all(slurm)
         for daemon in reversed(daemons):
             ledger.stop(daemon.pid)
-            daemon.wait()
+            daemon.wait(10)
         (ledger.folder / "slurm").unlink(missing_ok=True)
         shutil.rmtree(folder, ignore_errors=True)
 

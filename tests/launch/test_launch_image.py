@@ -19,8 +19,9 @@ from pathlib import Path
 
 import pytest
 
-from processes import PATIENCE, Roster, descendants_of, driver_of, gone, roster_in
-from rhapsody.launch.apptainer import Image, other_side
+from fifos import PATIENCE, Fifo
+from processes import descendants_of, driver_of, gone
+from rhapsody.launch.apptainer import Image, enter_image
 
 # The shell that began the tests may ignore Ctrl-C, and then a launch would too.
 LAUNCH = """
@@ -99,7 +100,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 
 @pytest.fixture
-def roster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Roster]:
+def roster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Fifo]:
     """An image, a workflow, and the stand-ins first on the PATH; the current folder has them."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -115,7 +116,7 @@ def roster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Roster]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
     monkeypatch.setenv("ROSTER", str(tmp_path / "roster"))
-    with roster_in(tmp_path) as roster:
+    with Fifo(tmp_path / "roster") as roster:
         yield roster
 
 
@@ -131,7 +132,7 @@ def run(*words: str, env: Mapping[str, str] | None = None) -> subprocess.Complet
     )
 
 
-def asked(roster: Roster, *words: str) -> tuple[int, str, str]:
+def asked(roster: Fifo, *words: str) -> tuple[int, str, str]:
     """What a stand-in inside got for these words: exit code, stdout, stderr."""
     done = run("w.py", str(roster.path), "ask", *words)
     assert done.returncode == 0, done.stderr
@@ -142,7 +143,7 @@ def asked(roster: Roster, *words: str) -> tuple[int, str, str]:
 # ---------------------------------------------------------------------- the line
 
 
-def test_the_image_sees_the_folders_and_gets_the_command(roster: Roster) -> None:
+def test_the_image_sees_the_folders_and_gets_the_command(roster: Fifo) -> None:
     scripts, work = Path("scripts").absolute(), Path("work").absolute()
     scripts.mkdir()
     script = scripts / "w.py"
@@ -165,7 +166,7 @@ def test_the_image_sees_the_folders_and_gets_the_command(roster: Roster) -> None
     ]
 
 
-def test_the_hosts_python_is_not_the_images(roster: Roster) -> None:
+def test_the_hosts_python_is_not_the_images(roster: Fifo) -> None:
     Path("bin/rhapsody").write_text("#!/bin/sh\nenv\n")
     own = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "VIRTUAL_ENV": "/v", "MINE": "1"}
     names = {line.partition("=")[0] for line in run("w.py", env=own).stdout.splitlines()}
@@ -173,7 +174,7 @@ def test_the_hosts_python_is_not_the_images(roster: Roster) -> None:
     assert not names & {"PYTHONPATH", "VIRTUAL_ENV"}
 
 
-def test_what_is_not_there_is_said(roster: Roster) -> None:
+def test_what_is_not_there_is_said(roster: Fifo) -> None:
     for words, path, said in (
         (["w.py"], "/nowhere", "neither apptainer nor singularity is on the PATH"),
         (["--image", "none.sif", "w.py"], None, "none.sif"),
@@ -191,7 +192,7 @@ def test_what_is_not_there_is_said(roster: Roster) -> None:
     )
 
 
-def test_a_folder_that_the_runner_would_misread_is_refused(roster: Roster) -> None:
+def test_a_folder_that_the_runner_would_misread_is_refused(roster: Fifo) -> None:
     os.mkdir("a,b")
     done = run("w.py", env={"RHAPSODY_WORK_DIR": "a,b"})
     assert done.returncode == 2
@@ -199,7 +200,7 @@ def test_a_folder_that_the_runner_would_misread_is_refused(roster: Roster) -> No
     assert len(done.stderr.splitlines()) == 1
 
 
-def test_an_image_without_dragon_is_named(roster: Roster) -> None:
+def test_an_image_without_dragon_is_named(roster: Fifo) -> None:
     before = "import importlib.util as u; u.find_spec = lambda name: None\n"
     done = subprocess.run(
         [sys.executable, "-c", before + LAUNCH, "--outside", "x", "--dragon", "w.py"],
@@ -222,7 +223,7 @@ def entered() -> list[str]:
 
 def test_ssh_gets_one_word_that_enters_the_image() -> None:
     environ = {"APPTAINER_NV": "1", "APPTAINER_DOCKER_PASSWORD": "secret", "X": "1"}
-    words, environ = other_side(IMAGE, SSH, {"PATH": "/in"}, environ)
+    words, environ = enter_image(IMAGE, SSH, {"PATH": "/in"}, environ)
     assert words[:3] == SSH[:3]
     there = subprocess.run(["sh", "-c", f"printf '%s\\n' {words[3]}"], capture_output=True).stdout
     assert there.decode().splitlines() == [
@@ -235,7 +236,7 @@ def test_srun_and_mpiexec_get_the_image_before_the_command() -> None:
     options = ["--nodes=2", "--ntasks=2", "--cpu_bind=none", "--nodelist=a,b"]
     command = ["dragon-backend", "--ip-addr", "1.2.3.4:7575"]
     for program in ("srun", "mpiexec"):
-        words, environ = other_side(
+        words, environ = enter_image(
             IMAGE, [program, *options, *command], {"PATH": "/in", "DRAGON_X": "1"}, {"PATH": "/out"}
         )
         assert words == [program, *options, *entered(), *command]
@@ -249,7 +250,7 @@ def test_srun_and_mpiexec_get_the_image_before_the_command() -> None:
 # ---------------------------------------------------------------------- what runs outside
 
 
-def test_a_program_outside_is_run_in_the_place_of_the_stand_in(roster: Roster) -> None:
+def test_a_program_outside_is_run_in_the_place_of_the_stand_in(roster: Fifo) -> None:
     code, out, err = asked(roster, "srun", "-N2", "dragon-backend", "--x", "a b")
     words, environ, stdin = json.loads(out)
     assert (code, err, stdin) == (3, "said\n", "to it")
@@ -258,7 +259,7 @@ def test_a_program_outside_is_run_in_the_place_of_the_stand_in(roster: Roster) -
     assert environ["APPTAINERENV_PATH"].startswith(f"{os.getcwd()}/bin:")
 
 
-def test_a_program_that_is_missing_outside_is_named(roster: Roster) -> None:
+def test_a_program_that_is_missing_outside_is_named(roster: Fifo) -> None:
     os.unlink("bin/srun")
     for name in ("sh", "env"):
         os.symlink(shutil.which(name) or name, f"bin/{name}")
@@ -272,7 +273,7 @@ def test_a_program_that_is_missing_outside_is_named(roster: Roster) -> None:
 # A stand-in that finds the answer there, and who gave it gone, when it goes on after its question.
 LATE = """
 import select, socket
-from rhapsody.launch import host_shim as outside
+from rhapsody.launch import host_shim
 
 def ask(connection, *words, send=socket.send_fds):
     sent = send(connection, *words)
@@ -282,12 +283,12 @@ def ask(connection, *words, send=socket.send_fds):
     return sent
 
 socket.send_fds = ask
-outside.main()
+host_shim.main()
 """
 
 
 @pytest.mark.parametrize(("answer", "code"), [(b"7\n", 7), (b"", 255)])
-def test_an_answer_that_is_there_at_once(roster: Roster, answer: bytes, code: int) -> None:
+def test_an_answer_that_is_there_at_once(roster: Fifo, answer: bytes, code: int) -> None:
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(name := f"\0{roster.path}")
         listener.listen()
@@ -304,7 +305,7 @@ def test_an_answer_that_is_there_at_once(roster: Roster, answer: bytes, code: in
         assert asker.returncode == code
 
 
-def test_what_is_not_dragons_is_the_next_one_on_the_path(roster: Roster) -> None:
+def test_what_is_not_dragons_is_the_next_one_on_the_path(roster: Fifo) -> None:
     program(Path("bin"), "here", "print('first')")
     os.mkdir("later")
     program(Path("later"), "here", "import sys; print(sys.argv[1:])")
@@ -318,7 +319,7 @@ def test_what_is_not_dragons_is_the_next_one_on_the_path(roster: Roster) -> None
     assert "here: not found in the image" in done.stderr
 
 
-async def inside(roster: Roster, driver: asyncio.subprocess.Process, code: int) -> str:
+async def inside(roster: Fifo, driver: asyncio.subprocess.Process, code: int) -> str:
     """Its end with this code, and that of all that it started; returns its stderr."""
     _, err = await asyncio.wait_for(driver.communicate(), PATIENCE)
     await roster.empty()
@@ -326,13 +327,13 @@ async def inside(roster: Roster, driver: asyncio.subprocess.Process, code: int) 
     return err.decode()
 
 
-def line(roster: Roster, *words: str) -> list[str]:
+def line(roster: Fifo, *words: str) -> list[str]:
     return ["--image", "r.sif", "w.py", str(roster.path), *words]
 
 
 @pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-async def test_a_signal_goes_in_once(roster: Roster, number: signal.Signals, group: bool) -> None:
+async def test_a_signal_goes_in_once(roster: Fifo, number: signal.Signals, group: bool) -> None:
     async with driver_of(LAUNCH, *line(roster, "wait"), start_new_session=True) as driver:
         assert await roster.line() == "up"
         (os.killpg if group else os.kill)(driver.pid, number)
@@ -340,7 +341,7 @@ async def test_a_signal_goes_in_once(roster: Roster, number: signal.Signals, gro
         await inside(roster, driver, 9)
 
 
-async def test_a_third_signal_needs_nobody_inside(roster: Roster) -> None:
+async def test_a_third_signal_needs_nobody_inside(roster: Fifo) -> None:
     async with driver_of(LAUNCH, *line(roster, "deaf")) as driver:
         assert await roster.line() == "up"
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):  # equal ones may become one
@@ -352,7 +353,7 @@ async def test_a_third_signal_needs_nobody_inside(roster: Roster) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 4), (signal.SIGKILL, 256 - 9)])
 async def test_a_stand_in_passes_signals_on_and_takes_its_program_with_it(
-    roster: Roster, number: signal.Signals, code: int
+    roster: Fifo, number: signal.Signals, code: int
 ) -> None:
     words = line(roster, str(int(number)), "srun", "dragon-backend", "wait")
     async with driver_of(LAUNCH, *words) as driver:
@@ -366,7 +367,7 @@ async def test_a_stand_in_passes_signals_on_and_takes_its_program_with_it(
 
 
 @pytest.mark.parametrize("victim", ["outside", "runner"])
-async def test_whoever_is_killed_the_others_go(roster: Roster, victim: str) -> None:
+async def test_whoever_is_killed_the_others_go(roster: Fifo, victim: str) -> None:
     words = line(roster, "0", "srun", "dragon-backend", "wait")
     async with driver_of(LAUNCH, *words) as driver:
         _, pid = (await roster.line()).split()

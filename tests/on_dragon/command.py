@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import IO
 
 _LAST = 4000  # characters of output that an error shows
+KILLED = 20.0  # seconds for the kernel to end what was killed, with all cores busy
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Running:
             code = self._entry.wait(timeout)
         except subprocess.TimeoutExpired:
             self._kill_all()
-            self._entry.wait()
+            self._entry.wait(KILLED)
             result = self._result(-signal.SIGKILL)
             raise TimeoutError(f"still ran after {timeout:g} s, {result}") from None
         return self._result(code)
@@ -141,7 +142,7 @@ class Running:
             self.signal(signal.SIGKILL)
         except ProcessLookupError:
             return
-        self._entry.wait()
+        self._entry.wait(KILLED)
 
     def _more(self) -> bool:
         return self._out.ended or len(self._out.lines) > self._read

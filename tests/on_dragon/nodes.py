@@ -23,13 +23,13 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from . import machine, small
-from .command import Result, Running
+from .command import KILLED, Result, Running
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 _HERE = Path(__file__).parent
-_PATIENCE = 20.0  # seconds for the kernel to make or end a namespace, with all cores busy
+_NEEDED = [str(Path(__file__).resolve().parents[2]), sys.prefix]  # the clone, and its interpreter
 
 # Becomes the leader of a group that its own namespace knows (the group that we make has the number
 # 0 in there), goes where it shall run, and turns into the command.
@@ -57,7 +57,7 @@ class _Box:
         inside: _Box | None = None,
     ) -> None:
         names = "-mipf" + ("n" if network else "") + ("u" if hostname else "")
-        init = ["/bin/sh", str(_HERE / "init.sh"), shm, hostname, hosts]
+        init = ["/bin/sh", str(_HERE / "init.sh"), shm, hostname, hosts, *_NEEDED]
         words = ["unshare", names, "--mount-proc", "--kill-child=KILL", *init]
         self.namespaces = ["-m", "-i", "-p", *(["-n"] * network), *(["-u"] * bool(hostname))]
         self._starter = subprocess.Popen(
@@ -70,14 +70,21 @@ class _Box:
             preexec_fn=_heed_signals,
         )
         assert self._starter.stdout is not None
-        if self._starter.stdout.readline() != b"ready\n":
-            said = self._starter.communicate()[1].decode(errors="replace").strip()
+        if self._first_line() != b"ready\n":
+            self._starter.kill()
+            said = self._starter.communicate(timeout=KILLED)[1].decode(errors="replace").strip()
             raise RuntimeError(f"no box came of {' '.join(words)}: {said}")
         self._keepers = _line_of_descent(self._starter.pid)
         self.pid = self._keepers[-1]
         self._namespace = os.readlink(f"/proc/{self.pid}/ns/pid")
         if network:
             self.ip("link set lo up")
+
+    def _first_line(self) -> bytes:
+        """What the first process says, or nothing where it says nothing in time."""
+        assert self._starter.stdout is not None
+        said, _, _ = select.select([self._starter.stdout], [], [], KILLED)
+        return self._starter.stdout.readline() if said else b""
 
     def ip(self, *lines: str) -> None:
         """Run commands of ip(8) in its network."""
@@ -86,6 +93,7 @@ class _Box:
             input="\n".join(lines),
             capture_output=True,
             text=True,
+            timeout=KILLED,
         )
         if done.returncode:
             raise RuntimeError(f"ip: {done.stderr.strip()}")
@@ -122,12 +130,19 @@ class _Box:
         return sorted(there.values()) + [f"/dev/shm/{name}" for name in files]
 
     def kill_all(self, keepers: Sequence[int] = ()) -> None:
-        """Kill all that runs in here; the box stays, and what is in its /dev/shm."""
+        """Kill all that runs in here; the box stays, and what is in its /dev/shm.
+
+        Raises:
+            TimeoutError: something survives it; says what.
+        """
+        deadline = time.monotonic() + KILLED
         while there := self.processes(keepers):  # again, for what they started meanwhile
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"cannot be killed: {there}")
             for pid in there:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            _ended_one(there, time.monotonic() + _PATIENCE)
+            _ended_one(there, deadline)
 
     def kill(self) -> None:
         """End it with all that is in it, without warning."""
@@ -142,10 +157,10 @@ class _Box:
             pipe.close()
         try:
             # The kernel lets the first process end when all others have.
-            self._starter.wait(_PATIENCE)
+            self._starter.wait(KILLED)
         except subprocess.TimeoutExpired:
             os.kill(self.pid, signal.SIGKILL)
-            self._starter.wait(_PATIENCE)
+            self._starter.wait(KILLED)
 
     @property
     def keepers(self) -> list[int]:

@@ -67,7 +67,7 @@ def version(program: Path) -> str:
 def _run(*words: str | Path, cwd: Path | None = None, **env: str) -> str:
     line = [str(word) for word in words]
     done = subprocess.run(
-        line, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, check=False
+        line, cwd=cwd, env={**os.environ, **env}, capture_output=True, text=True, timeout=600
     )
     if done.returncode:
         raise RuntimeError(f"{' '.join(line)}: {done.stderr.strip()}")

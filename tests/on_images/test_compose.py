@@ -38,6 +38,7 @@ class Compose:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            timeout=300,
         )
 
 

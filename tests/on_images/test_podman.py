@@ -34,7 +34,9 @@ def podman_storage(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def run(line: Sequence[str]) -> str:
-    done = subprocess.run(line, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    done = subprocess.run(
+        line, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done
     return done.stdout
 

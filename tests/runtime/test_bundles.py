@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import multiprocessing
 import os
 import signal
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lines import PATIENCE, Line, gone, kill, listen, tell
-from processes import roster_in
+from fifos import PATIENCE, Fifo, report, wait_for_release
+from pools import process_pool
+from processes import driver_of, gone
 from rhapsody.api import ComputeTask, Resources, SerializationError, Session, WorkerLostError
-from rhapsody.backends import ConcurrentExecutionBackend
-
-QUICK = "fork" if sys.version_info < (3, 12) else "forkserver"
 
 
 async def warm(width: int, grace: float = 5.0) -> Session:
     """A session whose workers have run so many short calls that the next come in bundles."""
-    pool = ProcessPoolExecutor(width, mp_context=multiprocessing.get_context(QUICK))
-    session = Session([await ConcurrentExecutionBackend(pool, grace=grace)])
+    session = Session([await process_pool(width, grace=grace)])
     short = [ComputeTask(function=os.getpid) for _ in range(300)]
     await session.submit_tasks(short)
     await asyncio.gather(*short)
@@ -38,38 +32,24 @@ def tasks_of(function: Callable[..., Any], *args: Any, count: int = 1) -> list[C
     return [ComputeTask(function=function, args=args) for _ in range(count)]
 
 
-@pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
-    one = Line(tmp_path / "line")
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def go(tmp_path: Path) -> Iterator[Line]:
-    one = Line(tmp_path / "go")
-    yield one
-    one.close()
-
-
 # ---------------------------------------------------------------------- what is called
 
 
 def hear(path: str, go: str) -> int:
-    tell(path, os.getpid())
-    listen(go)
+    report(path, os.getpid())
+    wait_for_release(go)
     return os.getpid()
 
 
 def asleep(path: str) -> None:
-    tell(path, os.getpid())
+    report(path, os.getpid())
     while True:
         signal.pause()
 
 
 def hold(path: str, seconds: float) -> str:
     """Without letting go of the GIL: nothing else runs in this process meanwhile."""
-    tell(path, os.getpid())
+    report(path, os.getpid())
     ctypes.PyDLL(None).usleep(int(seconds * 1e6))
     return "held"
 
@@ -96,67 +76,67 @@ class Unreadable:
 
 
 @pytest.mark.parametrize("width", [1, 2])
-async def test_all_of_a_bundle_are_canceled_wherever_they_are(width: int, line: Line) -> None:
+async def test_all_of_a_bundle_are_canceled_wherever_they_are(width: int, roster: Fifo) -> None:
     """Some run, some are in a bundle behind them, some are given back in this moment."""
     for count in range(1, 13):
         session = await warm(width)
         async with session:
-            tasks = tasks_of(asleep, line.path, count=count)
+            tasks = tasks_of(asleep, roster.path, count=count)
             await session.submit_tasks(tasks)
-            worker = int(await line.hear())
+            worker = int(await roster.line())
             canceled = await asyncio.wait_for(asyncio.gather(*map(session.cancel, tasks)), PATIENCE)
             assert canceled == [True] * count
             assert {task.state for task in tasks} == {"CANCELED"}
             await gone(worker)
 
 
-async def test_close_in_the_midst_of_bundles_cancels_each_call(line: Line) -> None:
+async def test_close_in_the_midst_of_bundles_cancels_each_call(roster: Fifo) -> None:
     for count in (3, 8, 40):
         session = await warm(2)
-        tasks = tasks_of(asleep, line.path, count=count)
+        tasks = tasks_of(asleep, roster.path, count=count)
         await session.submit_tasks(tasks)
-        worker = int(await line.hear())
+        worker = int(await roster.line())
         await asyncio.wait_for(session.close(), PATIENCE)
         assert {task.state for task in tasks} == {"CANCELED"}
         await gone(worker)
 
 
-async def test_a_cancel_does_not_hit_the_call_before_it_that_holds_the_gil(line: Line) -> None:
+async def test_a_cancel_does_not_hit_the_call_before_it_that_holds_the_gil(roster: Fifo) -> None:
     async with await warm(1) as session:
-        holder, *behind = [*tasks_of(hold, line.path, 1.3), *tasks_of(os.getpid, count=5)]
+        holder, *behind = [*tasks_of(hold, roster.path, 1.3), *tasks_of(os.getpid, count=5)]
         await session.submit_tasks([holder, *behind])
-        await line.hear()
+        await roster.line()
         assert await session.cancel(behind[2])
         await asyncio.wait_for(session.wait_tasks([holder, *behind]), PATIENCE)
     assert (holder.state, holder.return_value) == ("DONE", "held")
     assert [task.state for task in behind] == ["DONE", "DONE", "CANCELED", "DONE", "DONE"]
 
 
-async def test_a_cancel_and_a_timeout_of_one_call_at_once(line: Line) -> None:
+async def test_a_cancel_and_a_timeout_of_one_call_at_once(roster: Fifo) -> None:
     async with await warm(1) as session:
-        (task,) = tasks_of(asleep, line.path)
+        (task,) = tasks_of(asleep, roster.path)
         await session.submit_tasks([task])
-        await line.hear()
+        await roster.line()
         backend = next(iter(session.backends.values()))
         said = await asyncio.gather(*(backend.cancel_task(task.uid) for _ in range(5)))
         assert said == [True] * 5
 
 
-async def test_a_call_that_is_given_back_has_not_begun(line: Line, go: Line) -> None:
+async def test_a_call_that_is_given_back_has_not_begun(roster: Fifo, go: Fifo) -> None:
     """Its time does not run while it waits behind a long one."""
     async with await warm(1) as session:
-        first = tasks_of(hear, line.path, go.path)
+        first = tasks_of(hear, roster.path, go.path)
         later = [ComputeTask(function=os.getpid, timeout=1.5) for _ in range(6)]
         await session.submit_tasks([*first, *later])
-        await line.hear()
+        await roster.line()
         await asyncio.sleep(1.7)  # longer than the timeout
         assert {task.state for task in later} == {"SUBMITTED"}
-        go.say()
+        go.release()
         await asyncio.wait_for(session.wait_tasks([*first, *later]), PATIENCE)
     assert {task.state for task in later} == {"DONE"}
 
 
-async def test_the_signal_that_ends_a_worker_is_not_the_drivers(line: Line) -> None:
+async def test_the_signal_that_ends_a_worker_is_not_the_drivers(roster: Fifo) -> None:
     """A forked process inherits the descriptor by which asyncio hears of signals."""
     loop = asyncio.get_running_loop()
     heard: list[str] = []
@@ -164,9 +144,9 @@ async def test_the_signal_that_ends_a_worker_is_not_the_drivers(line: Line) -> N
     try:
         # With an hour of grace nothing but the SIGTERM can have ended it.
         async with await warm(1, grace=3600) as session:
-            (task,) = tasks_of(asleep, line.path)
+            (task,) = tasks_of(asleep, roster.path)
             await session.submit_tasks([task])
-            worker = int(await line.hear())
+            worker = int(await roster.line())
             assert await asyncio.wait_for(session.cancel(task), PATIENCE)
             await gone(worker)
     finally:
@@ -177,25 +157,25 @@ async def test_the_signal_that_ends_a_worker_is_not_the_drivers(line: Line) -> N
 # ---------------------------------------------------------------------- neighbours
 
 
-async def test_short_calls_are_not_kept_behind_a_long_one(line: Line, go: Line) -> None:
+async def test_short_calls_are_not_kept_behind_a_long_one(roster: Fifo, go: Fifo) -> None:
     async with await warm(2) as session:
-        tasks = [*tasks_of(hear, line.path, go.path), *tasks_of(os.getpid, count=99)]
+        tasks = [*tasks_of(hear, roster.path, go.path), *tasks_of(os.getpid, count=99)]
         await session.submit_tasks(tasks)
         await asyncio.wait_for(session.wait_tasks(tasks[1:]), PATIENCE)
         assert not tasks[0].done()
-        go.say()
+        go.release()
         await tasks[0]
 
 
 async def test_long_calls_after_short_ones_are_spread_over_the_workers(
-    line: Line, go: Line
+    roster: Fifo, go: Fifo
 ) -> None:
     """Each waits until all others run: on one worker they would wait for ever."""
     async with await warm(3) as session:
-        tasks = tasks_of(hear, line.path, go.path, count=3)
+        tasks = tasks_of(hear, roster.path, go.path, count=3)
         await session.submit_tasks(tasks)
-        assert len({await line.hear() for _ in tasks}) == 3
-        go.say(3)
+        assert len({await roster.line() for _ in tasks}) == 3
+        go.release(3)
         await asyncio.gather(*tasks)
 
 
@@ -216,28 +196,28 @@ async def test_an_argument_that_harms_its_bundle_fails_its_own_call_only(
 
 
 async def test_calls_beside_one_that_cannot_be_pickled_are_spread_all_the_same(
-    line: Line, go: Line
+    roster: Fifo, go: Fifo
 ) -> None:
     def bad(_: object) -> None: ...
 
     unpicklable = (number for number in range(3))
     async with await warm(2) as session:
-        tasks = tasks_of(hear, line.path, go.path, count=2)
+        tasks = tasks_of(hear, roster.path, go.path, count=2)
         refused = ComputeTask(function=bad, args=(unpicklable,))
         await session.submit_tasks([refused, *tasks])
-        assert len({await line.hear() for _ in tasks}) == 2
-        go.say(2)
+        assert len({await roster.line() for _ in tasks}) == 2
+        go.release(2)
         await asyncio.wait_for(session.wait_tasks([refused, *tasks]), PATIENCE)
     assert isinstance(refused.exception, SerializationError)
     assert {task.state for task in tasks} == {"DONE"}
 
 
-async def test_a_worker_killed_in_the_midst_of_a_bundle_loses_one_call(line: Line) -> None:
+async def test_a_worker_killed_in_the_midst_of_a_bundle_loses_one_call(roster: Fifo) -> None:
     async with await warm(1) as session:
-        tasks = [*tasks_of(os.getpid, count=4), *tasks_of(asleep, line.path)]
+        tasks = [*tasks_of(os.getpid, count=4), *tasks_of(asleep, roster.path)]
         tasks += tasks_of(os.getpid, count=20)
         await session.submit_tasks(tasks)
-        kill(int(await line.hear()))
+        os.kill(int(await roster.line()), signal.SIGKILL)
         await asyncio.wait_for(session.wait_tasks(tasks), PATIENCE)
     assert [n for n, task in enumerate(tasks) if task.state != "DONE"] == [4]
     assert isinstance(tasks[4].exception, WorkerLostError)
@@ -284,30 +264,29 @@ def start_away(path: str, trap: bool) -> None:
     child = subprocess.Popen(["sh", "-c", script], start_new_session=True, stdout=subprocess.PIPE)
     assert child.stdout is not None
     child.stdout.readline()
-    tell(path, os.getpid(), child.pid)
+    report(path, os.getpid(), child.pid)
     child.wait()
 
 
 @pytest.mark.parametrize("trap", [False, True])
-async def test_what_left_the_workers_group_goes_with_a_cancel(line: Line, trap: bool) -> None:
+async def test_what_left_the_workers_group_goes_with_a_cancel(roster: Fifo, trap: bool) -> None:
     async with await warm(1) as session:
-        (task,) = tasks_of(start_away, line.path, trap)
+        (task,) = tasks_of(start_away, roster.path, trap)
         await session.submit_tasks([task])
-        pids = await line.hear_pids()
+        pids = await roster.pids()
         assert await session.cancel(task)
         for pid in pids:
             await gone(pid)
 
 
-async def test_what_forks_during_a_cancel_leaves_nothing(tmp_path: Path) -> None:
-    with roster_in(tmp_path) as roster:
-        async with await warm(1) as session:
-            for _ in range(5):
-                (task,) = tasks_of(subprocess.call, ["sh", "-c", roster.forking()])
-                await session.submit_tasks([task])
-                await roster.line()
-                assert await session.cancel(task)
-                await roster.empty()
+async def test_what_forks_during_a_cancel_leaves_nothing(roster: Fifo) -> None:
+    async with await warm(1) as session:
+        for _ in range(5):
+            (task,) = tasks_of(subprocess.call, ["sh", "-c", roster.forking()])
+            await session.submit_tasks([task])
+            await roster.line()
+            assert await session.cancel(task)
+            await roster.empty()
 
 
 DRIVER = """
@@ -327,13 +306,14 @@ if __name__ == "__main__":
 """
 
 
-async def test_what_left_the_workers_group_goes_with_the_driver(line: Line, tmp_path: Path) -> None:
+async def test_what_left_the_workers_group_goes_with_the_driver(
+    roster: Fifo, tmp_path: Path
+) -> None:
     script = tmp_path / "driver.py"
     script.write_text(DRIVER)
     folders = os.pathsep.join(map(str, Path(__file__).parents[:2]))
-    driver = await asyncio.create_subprocess_exec(sys.executable, script, folders, line.path)
-    pids = [*await line.hear_pids(), *await line.hear_pids()]
-    driver.kill()
-    await driver.wait()
-    for pid in pids:
-        await gone(pid)
+    async with driver_of(script, folders, str(roster.path), warnings="ignore") as driver:
+        pids = await roster.pids(2)
+        driver.kill()
+        for pid in pids:
+            await gone(pid)

@@ -8,28 +8,13 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from processes import (
-    Roster,
-    alive,
-    children_of,
-    descendants_of,
-    driver_of,
-    gone,
-    is_warden,
-    roster_in,
-)
-
-
-@pytest.fixture
-def roster(tmp_path: Path) -> Iterator[Roster]:
-    with roster_in(tmp_path) as roster:
-        yield roster
-
+from fifos import Fifo
+from proc import is_warden
+from processes import alive, children_of, descendants_of, driver_of, gone
 
 HEAD = """
 import asyncio, os, signal, sys
@@ -72,7 +57,7 @@ REPORTS = 5 + 3  # of FAMILY
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGSEGV, signal.SIGHUP])
-async def test_no_process_survives_its_driver(roster: Roster, number: int) -> None:
+async def test_no_process_survives_its_driver(roster: Fifo, number: int) -> None:
     async with driver_of(FAMILY, str(roster.path)) as driver:
         await roster.lines(REPORTS)
         everybody = descendants_of(driver.pid)
@@ -107,7 +92,7 @@ asyncio.run(main())
 """
 
 
-async def test_nothing_survives_below_what_is_guarded(roster: Roster) -> None:
+async def test_nothing_survives_below_what_is_guarded(roster: Fifo) -> None:
     """Processes of the driver's own, below which others leave their groups, and fork on and on."""
     async with driver_of(GUARDING, roster.forking()) as driver:
         await roster.lines(4)
@@ -115,7 +100,7 @@ async def test_nothing_survives_below_what_is_guarded(roster: Roster) -> None:
         await roster.empty()
 
 
-async def test_the_warden_leaves_by_itself(roster: Roster) -> None:
+async def test_the_warden_leaves_by_itself(roster: Fifo) -> None:
     async with driver_of(FAMILY, str(roster.path)) as driver:
         await roster.lines(REPORTS)
         (warden,) = children_of(driver.pid)
@@ -124,7 +109,7 @@ async def test_the_warden_leaves_by_itself(roster: Roster) -> None:
         assert roster.is_empty()  # it was the last
 
 
-async def test_a_stopped_child_does_not_survive(roster: Roster) -> None:
+async def test_a_stopped_child_does_not_survive(roster: Fifo) -> None:
     program = FAMILY.replace("SCRIPTS = [", 'SCRIPTS = [f"{HERE}; sleep 1000; true"]; _ = [')
     async with driver_of(program, str(roster.path)) as driver:
         pid = int(await roster.line())
@@ -134,7 +119,7 @@ async def test_a_stopped_child_does_not_survive(roster: Roster) -> None:
         await gone(pid)
 
 
-async def test_a_driver_that_exits_without_a_close_leaves_nothing(roster: Roster) -> None:
+async def test_a_driver_that_exits_without_a_close_leaves_nothing(roster: Fifo) -> None:
     program = FAMILY.replace(
         "await session.wait_tasks(tasks)",
         "await asyncio.to_thread(sys.stdin.buffer.read); os._exit(3)",
@@ -147,7 +132,7 @@ async def test_a_driver_that_exits_without_a_close_leaves_nothing(roster: Roster
         await roster.empty()
 
 
-async def test_a_driver_whose_loop_fails_leaves_nothing(roster: Roster) -> None:
+async def test_a_driver_whose_loop_fails_leaves_nothing(roster: Fifo) -> None:
     program = FAMILY.replace(
         "await session.wait_tasks(tasks)",
         "await asyncio.to_thread(sys.stdin.buffer.read); raise OSError('by the author')",
@@ -188,7 +173,7 @@ asyncio.run(main())
 
 
 async def test_a_forked_process_of_the_author_does_not_hide_the_drivers_death(
-    roster: Roster,
+    roster: Fifo,
 ) -> None:
     async with driver_of(FORKING, str(roster.path)) as driver:
         pids = [int(line) for line in await roster.lines(2)]
@@ -232,7 +217,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 async def test_workers_and_what_they_started_go_with_the_driver(
-    roster: Roster, method: str, tmp_path: Path
+    roster: Fifo, method: str, tmp_path: Path
 ) -> None:
     script = tmp_path / "driver.py"
     script.write_text(WORKERS)
@@ -243,7 +228,7 @@ async def test_workers_and_what_they_started_go_with_the_driver(
         await roster.empty()
 
 
-async def test_a_driver_that_dies_while_it_starts_many_leaves_nothing(roster: Roster) -> None:
+async def test_a_driver_that_dies_while_it_starts_many_leaves_nothing(roster: Fifo) -> None:
     program = (
         HEAD
         + """

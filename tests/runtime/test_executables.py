@@ -13,23 +13,13 @@ import random
 import shlex
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import (
-    PATIENCE,
-    Roster,
-    gone,
-    most_at_once,
-    open_session,
-    peak_memory,
-    roster_in,
-    run,
-    wardens,
-)
+from fifos import PATIENCE, Fifo
+from processes import gone, most_at_once, open_session, peak_memory, run, wardens
 from rhapsody.api import (
     ComputeTask,
     Resources,
@@ -65,12 +55,6 @@ def err(task: ComputeTask) -> str:
 
 def options(**given: Any) -> dict[str, Any]:
     return {"task_backend_specific_kwargs": given}
-
-
-@pytest.fixture
-def roster(tmp_path: Path) -> Iterator[Roster]:
-    with roster_in(tmp_path) as roster:
-        yield roster
 
 
 # ---------------------------------------------------------------------- output
@@ -166,7 +150,7 @@ async def test_a_large_stderr_goes_to_a_file_and_its_end_into_the_error() -> Non
     assert len(str(task.exception)) < 5000
 
 
-async def test_captured_output_streams_to_files_of_the_session(roster: Roster) -> None:
+async def test_captured_output_streams_to_files_of_the_session(roster: Fifo) -> None:
     task = shell(
         f"echo early; echo early >&2; {roster.here}; read line < ./go; echo late",
         capture_stdio=True,
@@ -502,7 +486,7 @@ async def test_what_no_system_call_takes_fails_alone() -> None:
 # ---------------------------------------------------------------------- descendants
 
 
-async def test_a_grandchild_that_holds_the_pipe_open_delays_nobody(roster: Roster) -> None:
+async def test_a_grandchild_that_holds_the_pipe_open_delays_nobody(roster: Fifo) -> None:
     task = shell(f"({roster.here}; exec sleep 1000) & read _ < ./there; echo done; exit 5")
     os.mkfifo("there")
     async with open_session() as session:
@@ -515,7 +499,7 @@ async def test_a_grandchild_that_holds_the_pipe_open_delays_nobody(roster: Roste
         await gone(grandchild)
 
 
-async def test_cancel_takes_the_whole_group(roster: Roster) -> None:
+async def test_cancel_takes_the_whole_group(roster: Fifo) -> None:
     task = shell(f"{roster.here}; (echo $$ >&9; sleep 1000; true) & (sleep 1000; true); true")
     async with open_session() as session:
         await session.submit_tasks([task])
@@ -526,7 +510,7 @@ async def test_cancel_takes_the_whole_group(roster: Roster) -> None:
     assert task.exit_code == -signal.SIGTERM
 
 
-async def test_cancel_lets_a_program_clean_up(roster: Roster) -> None:
+async def test_cancel_lets_a_program_clean_up(roster: Fifo) -> None:
     script = f"trap 'echo cleaned; exit 7' TERM; {roster.here}; while :; do sleep 1000 & wait; done"
     task = shell(script)
     async with open_session() as session:
@@ -536,7 +520,7 @@ async def test_cancel_lets_a_program_clean_up(roster: Roster) -> None:
     assert (task.state, task.stdout) == ("CANCELED", "cleaned\n")
 
 
-async def test_cancel_escalates_where_sigterm_is_ignored(roster: Roster) -> None:
+async def test_cancel_escalates_where_sigterm_is_ignored(roster: Fifo) -> None:
     task = shell(f"trap '' TERM; {roster.here}; sleep 1000 & sleep 1000; sleep 1000")
     async with open_session(grace=0.1) as session:
         await session.submit_tasks([task])
@@ -546,7 +530,7 @@ async def test_cancel_escalates_where_sigterm_is_ignored(roster: Roster) -> None
     assert (task.state, task.exit_code) == ("CANCELED", -signal.SIGKILL)
 
 
-async def test_a_grandchild_that_ignores_sigterm_goes_with_its_parent(roster: Roster) -> None:
+async def test_a_grandchild_that_ignores_sigterm_goes_with_its_parent(roster: Fifo) -> None:
     script = f"(trap '' TERM; {roster.here}; exec sleep 1000) & wait"
     task = shell(script)
     async with open_session(grace=1000) as session:
@@ -556,7 +540,7 @@ async def test_a_grandchild_that_ignores_sigterm_goes_with_its_parent(roster: Ro
         await roster.empty()
 
 
-async def test_a_stopped_process_can_be_canceled(roster: Roster) -> None:
+async def test_a_stopped_process_can_be_canceled(roster: Fifo) -> None:
     task = shell(f"{roster.here}; sleep 1000; true")
     async with open_session(grace=1000) as session:
         await session.submit_tasks([task])
@@ -568,7 +552,7 @@ async def test_a_stopped_process_can_be_canceled(roster: Roster) -> None:
 
 
 @pytest.mark.parametrize("trap", [":", "trap '' TERM"])
-async def test_descendants_that_left_the_group_go_with_a_cancel(roster: Roster, trap: str) -> None:
+async def test_descendants_that_left_the_group_go_with_a_cancel(roster: Fifo, trap: str) -> None:
     away = shlex.join(["setsid", "/bin/sh", *roster.script("sleep 1000; true", before=trap)])
     task = shell(f"{trap}; {away} & {away} & wait; sleep 1000")
     async with open_session(grace=0.1) as session:
@@ -581,7 +565,7 @@ async def test_descendants_that_left_the_group_go_with_a_cancel(roster: Roster, 
             await gone(pid)
 
 
-async def test_descendants_that_left_the_group_go_with_the_session(roster: Roster) -> None:
+async def test_descendants_that_left_the_group_go_with_the_session(roster: Fifo) -> None:
     # Twice removed: its parent has ended, so that it is nobody's descendant any more.
     away = shlex.join(["setsid", "/bin/sh", *roster.script("sleep 1000; true")])
     task = shell(f"({away} &) ; read _ < ./there")
@@ -596,7 +580,7 @@ async def test_descendants_that_left_the_group_go_with_the_session(roster: Roste
     await gone(pid)
 
 
-async def test_close_ends_what_runs(roster: Roster) -> None:
+async def test_close_ends_what_runs(roster: Fifo) -> None:
     tasks = [shell(f"{roster.here}; sleep 1000 & sleep 1000; true") for _ in range(2)]
     waiting = [shell(f"{roster.here}; exit 0") for _ in range(20)]
     async with open_session() as session:
@@ -607,7 +591,7 @@ async def test_close_ends_what_runs(roster: Roster) -> None:
     assert roster.is_empty()
 
 
-async def test_close_escalates_too(roster: Roster) -> None:
+async def test_close_escalates_too(roster: Fifo) -> None:
     task = shell(f"trap '' TERM; {roster.here}; sleep 1000; sleep 1000")
     async with open_session(grace=0.1) as session:
         await session.submit_tasks([task])
@@ -619,7 +603,7 @@ async def test_close_escalates_too(roster: Roster) -> None:
 # ---------------------------------------------------------------------- timeout and retries
 
 
-async def test_a_timeout_takes_the_whole_group(roster: Roster) -> None:
+async def test_a_timeout_takes_the_whole_group(roster: Fifo) -> None:
     task = shell(f"trap '' TERM; {roster.here}; sleep 1000 & sleep 1000; :", timeout=0.1)
     async with open_session(grace=0.1) as session:
         await session.submit_tasks([task])
@@ -658,7 +642,7 @@ async def test_retries_come_to_an_end() -> None:
     assert Path("tries").read_text() == "x\n" * 3
 
 
-async def test_a_canceled_task_is_not_retried(roster: Roster) -> None:
+async def test_a_canceled_task_is_not_retried(roster: Fifo) -> None:
     task = shell(f"{roster.here}; sleep 1000; true", retries=5)
     async with open_session() as session:
         await session.submit_tasks([task])
@@ -699,7 +683,7 @@ async def test_all_slots_are_used_at_once() -> None:
     assert chain[0].stdout == "through\n"
 
 
-async def test_cancel_wherever_a_task_is(roster: Roster) -> None:
+async def test_cancel_wherever_a_task_is(roster: Fifo) -> None:
     """Running, in line at the warden (a few per slot), in the driver's queue, and ended."""
     ended = shell("exit 0")
     running = shell(f"{roster.here}; echo running >&9; sleep 1000; true")

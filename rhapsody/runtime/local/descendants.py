@@ -13,13 +13,11 @@ import select
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from rhapsody.launch.dragon.shared_memory import Segments
+from .warden import process_tree
 
-from .warden import __main__ as warden
-
-__all__ = ["adopt", "end_all", "pids", "reap", "wait_for_end"]
+__all__ = ["adopt", "kill_all", "pids", "reap", "wait_for_end"]
 
 _PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _KILLED_SECONDS = 5.0  # for what was killed to be gone
@@ -33,7 +31,7 @@ def adopt() -> None:
 
 def pids() -> list[int]:
     """Pids of all that is below this process and has not ended."""
-    return warden.descendants([os.getpid()], warden.processes())
+    return process_tree.descendants([os.getpid()], process_tree.processes())
 
 
 def reap() -> Iterator[tuple[int, int]]:
@@ -48,15 +46,18 @@ def reap() -> Iterator[tuple[int, int]]:
         yield pid, status
 
 
-def end_all(segments: Segments) -> None:
-    """Kill all that is below this process, and remove Dragon's memory that it has mapped."""
+def kill_all(inspect: Callable[[list[int]], None]) -> None:
+    """Kill all that is below this process.
+
+    Args:
+        inspect: called with pids before these are killed, while they are stopped.
+    """
     deadline = time.monotonic() + _KILLED_SECONDS
     while (left := pids()) and time.monotonic() < deadline:
         _signal(left, signal.SIGSTOP)  # so that none sees another die, and acts on it
-        segments.look(left)
+        inspect(left)
         _signal(left, signal.SIGKILL)
         wait_for_end(left, deadline)
-    segments.remove()
 
 
 def wait_for_end(those: Iterable[int], deadline: float) -> None:

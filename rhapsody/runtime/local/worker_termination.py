@@ -10,7 +10,7 @@ import signal
 import weakref
 from multiprocessing.process import BaseProcess
 
-from .warden import __main__ as warden
+from .warden.process_tree import descendants, suspend
 
 __all__ = ["EscapedDescendants", "kill_group", "workers"]
 
@@ -50,7 +50,7 @@ class EscapedDescendants:
         self._fds: list[int] = []
         if not hasattr(os, "pidfd_open"):  # not Linux
             return
-        tree = warden.hold(lambda table: {pid, *warden.descendants([pid], table)} - {os.getpid()})
+        tree = suspend(lambda table: {pid, *descendants([pid], table)} - {os.getpid()})
         for one in tree:
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left
                 if os.getpgid(one) != pid:

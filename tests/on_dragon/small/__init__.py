@@ -75,7 +75,7 @@ def idlewait() -> Path:
     machine.CACHE.mkdir(parents=True, exist_ok=True)
     fresh = library.with_suffix(f".{os.getpid()}")
     options = ["-O2", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(fresh), str(source), "-ldl"]
-    done = subprocess.run([compiler, *options], capture_output=True, text=True)
+    done = subprocess.run([compiler, *options], capture_output=True, text=True, timeout=60)
     if done.returncode:
         raise RuntimeError(f"{compiler} failed on {source}:\n{done.stderr}")
     fresh.rename(library)  # at once, for another run may want it too

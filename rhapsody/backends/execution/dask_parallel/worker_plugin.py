@@ -1,7 +1,7 @@
-"""What of the Dask backend runs on the workers: calls, child processes, and the plugin `TaskTracker`.
+"""Runs on Dask's workers: functions, executables, and the plugin `TaskTracker`.
 
-`TaskTracker` knows which of our calls run on its worker, reports their starts, stops them, and owns the
-child processes. Workers need rhapsody installed, since all of this is pickled by reference; the
+`TaskTracker` knows which of our calls run on its worker, reports their starts, stops them, and owns
+the child processes. Workers need rhapsody installed, since all of this is pickled by reference; the
 backend imports this module when it starts, because it needs Dask.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
-import shlex
 import shutil
 import socket
 import tempfile
@@ -22,13 +22,15 @@ import cloudpickle
 from distributed import get_worker
 
 from rhapsody.runtime import serialization
-from rhapsody.runtime.errors import BackendError, ResourceError, SerializationError
-from rhapsody.runtime.local.children import Children, Ended, Launch, Started
-from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
+from rhapsody.runtime.errors import SerializationError
+from rhapsody.runtime.local.calls import call_function, strip_frames
+from rhapsody.runtime.local.executables import Executable, ExecutableRun, ExecutableRunner, Outcome
+from rhapsody.runtime.text import argument_str
 
 if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 
-    class WorkerPlugin: ...
+    class WorkerPlugin:
+        """Dask's base class of worker plugins."""
 
 else:
     from distributed.diagnostics.plugin import WorkerPlugin
@@ -41,7 +43,7 @@ GRACE = 2.0
 
 
 class Refused(Exception):  # noqa: N818 - nobody sees it as an error
-    """Raised in place of a call that was cancelled before it started."""
+    """Raised in place of a call that was cancelled before it started, or an executable's end."""
 
 
 class CallFailed(Exception):  # noqa: N818 - it only carries the author's error
@@ -65,13 +67,14 @@ class CallFailed(Exception):  # noqa: N818 - it only carries the author's error
 class ProgramFailed(Exception):  # noqa: N818 - it only carries the outcome
     """Carries how an executable failed, so that what depends on it does not run."""
 
-    def __init__(self, key: str, outcome: Outcome) -> None:
-        super().__init__(key, outcome)
+    def __init__(self, key: str, result: ProgramResult) -> None:
+        super().__init__(key, result)
         self.key = key
-        self.outcome = outcome
+        self.result = result
 
     def __repr__(self) -> str:
-        return f"exit code {self.outcome.exit_code}: {self.outcome.stderr[-500:].strip()}"
+        outcome = self.result.outcome
+        return f"exit code {outcome.exit_code}: {outcome.stderr[-500:].strip()}"
 
     __str__ = __repr__
 
@@ -114,7 +117,7 @@ class Slot:
 
 def fill(value: Any, parents: Sequence[Any]) -> Any:
     """Put the parents' results in their places: at the top, and one level into containers."""
-    results = [p.text if isinstance(p, Outcome) else p for p in parents]
+    results = [p.outcome.stdout if isinstance(p, ProgramResult) else p for p in parents]
 
     def one(inner: Any) -> Any:
         return results[inner.number] if type(inner) is Slot else inner
@@ -156,16 +159,12 @@ def run_function(call: Call, parents: Sequence[Any] = ()) -> Any:
             if parents:
                 args = [fill(value, parents) for value in args]
                 kwargs = {name: fill(value, parents) for name, value in kwargs.items()}
-            value = function(*args, **kwargs)
-            if isinstance(value, Coroutine):
-                value = run.coroutine(value)
-            return _checked(value)
+            return _checked(call_function(function, args, kwargs, watch=run.watch))
     except Refused:
         raise
     except BaseException as error:
         # SystemExit too: it is the function that ends, not the worker.
-        trace = error.__traceback__
-        error.__traceback__ = trace.tb_next if trace is not None else None
+        strip_frames(error)
         failure = _failed(call.key, error)
     # Not from within the except: Dask pickles what an exception was raised in the wake of, too.
     raise failure
@@ -194,67 +193,52 @@ def _checked(value: Any) -> Any:
 # ---------------------------------------------------------------------- executables
 
 
-class Outcome(NamedTuple):
-    """How an executable ended, as `processes.Ended` has it."""
+class ProgramResult(NamedTuple):
+    """How an executable ended, and what its client cannot read for itself."""
 
-    exit_code: int
-    stdout: str = ""
-    stderr: str = ""
-    stdout_file: str | None = None
-    stderr_file: str | None = None
-    # Whole outputs that went to files, where this worker does not see the client's folder.
+    outcome: Outcome
+    host: str
+    # Outputs that went to files, whole, where this worker does not see the client's directory.
     stdout_bytes: bytes | None = None
     stderr_bytes: bytes | None = None
-    error: BackendError | None = None
-    host: str = ""
-    captured: bool = False
-
-    @property
-    def text(self) -> str:
-        """What a child gets in the place of this task, as `ComputeTask.result` has it."""
-        return self.stdout_file if self.captured and self.stdout_file else self.stdout
 
 
 class Program(NamedTuple):
-    """An executable to start on a worker; `argv` may hold slots for what its parents printed."""
+    """An executable to start on a worker; its command line is in `words`."""
 
     plugin: str
     key: str
-    uid: str
-    argv: list[Any]
-    shell: bool = False
-    ranks: int = 1
-    cwd: str | None = None
-    env: dict[str, str] | None = None
-    env_replace: bool = False
-    stdin: bytes | str | None = None
-    capture: bool = False
-    folder: str = ""  # of the client, for output files
-    marker: str = ""  # a file there, by which a worker knows that it sees that folder
+    executable: Executable
+    words: list[str | Slot]  # a slot: what a parent printed
+    folder: str  # of the client, for output files
+    marker: str  # a file there, by which a worker knows that it sees that folder
 
 
-async def run_program(sealed: OpaqueBytes, parents: Sequence[Any] = ()) -> Outcome:
+async def run_program(sealed: OpaqueBytes, parents: Sequence[Any] = ()) -> ProgramResult:
     """Run an executable as a child of this worker's warden and return how it ended.
 
     On the worker's loop: the child has the task's slot, and no thread waits for it.
 
     Raises:
         ProgramFailed: its exit code is not 0, or it could not be started.
+        Refused: it was stopped.
         CallFailed: it could not even be tried.
     """
     program = cast("Program", serialization.loads(sealed.data, "executable"))
     host = _host(program.plugin)
     try:
         with host.running(program.key, announce=False) as run:  # its child announces itself
-            outcome = await host.spawn(run, program, parents)
+            result = await host.spawn(run, program, parents)
     except (Refused, asyncio.CancelledError):
         raise
     except Exception as error:
         failure: Exception = _failed(program.key, error)
     else:
-        if not outcome.exit_code and outcome.error is None:
-            return outcome
-        failure = ProgramFailed(program.key, outcome)
+        if result.outcome.state == "DONE":
+            return result
+        if result.outcome.state == "CANCELED":
+            raise Refused(program.key)
+        failure = ProgramFailed(program.key, result)
     raise failure
 
 
@@ -270,10 +254,6 @@ class OpaqueBytes:
         return OpaqueBytes, (self.data,)
 
 
-def _shares(program: Program) -> bool:
-    return os.path.exists(program.marker)
-
-
 def _fetch(path: str | None) -> bytes | None:
     if path is None:
         return None
@@ -283,37 +263,23 @@ def _fetch(path: str | None) -> bytes | None:
     return data
 
 
-def _note_of(program: Program, scratch: str) -> str:
-    """Where its ranks note failures: here, since it may run on another worker at the same time."""
-    return os.path.join(scratch, program.uid)
+def _shares(program: Program) -> bool:
+    """Whether this worker sees the client's directory for output files."""
+    return os.path.exists(program.marker)
 
 
-def _launch(program: Program, parents: Sequence[Any], scratch: Callable[[], str]) -> Launch:
-    """Describe the child process, with files where the client will look for them."""
-    env = program.env or {}
-    argv = [str(fill(word, parents)) if type(word) is Slot else word for word in program.argv]
-    if program.shell:
-        argv = ["/bin/sh", "-c", " ".join([argv[0], *map(shlex.quote, argv[1:])])]
-    if program.ranks > 1:
-        mpiexec = local_mpiexec()
-        if mpiexec is None:
-            raise ResourceError(
-                f"no mpiexec on the PATH of the worker on {socket.gethostname()}, and the task"
-                f" asks for {program.ranks} ranks; install one, such as the package 'mpich' there"
-            )
-        argv = rank_command(mpiexec, program.ranks, argv, _note_of(program, scratch()))
-        env = {**LOCAL_MPI, **env}
-    folder = program.folder if _shares(program) else scratch()
-    return Launch(
-        argv,
-        os.path.join(folder, f"{program.uid}.stdout"),
-        os.path.join(folder, f"{program.uid}.stderr"),
-        to_files=program.capture,
-        cwd=program.cwd,
-        env=env,
-        env_replace=program.env_replace,
-        stdin=program.stdin,
-    )
+def _execution(
+    program: Program, parents: Sequence[Any], shares: bool, scratch: Callable[[], str]
+) -> ExecutableRun:
+    """Describe a run; `scratch` makes a directory of this worker."""
+    words = [
+        argument_str(fill(word, parents)) if isinstance(word, Slot) else word
+        for word in program.words
+    ]
+    executable = program.executable._replace(words=words)
+    # Ranks note failures in a directory of this worker: the task may run on another one, too.
+    notes = scratch() if executable.ranks > 1 else None
+    return ExecutableRun(executable, program.folder if shares else scratch(), notes)
 
 
 # ---------------------------------------------------------------------- the worker's plugin
@@ -331,14 +297,10 @@ class _Run:
         self.task: asyncio.Task[Any] | None = None
         self.child: int | None = None
 
-    def coroutine(self, coroutine: Any) -> Any:
-        """Run the coroutine of an async function on a loop of its own."""
-
-        async def main() -> Any:
-            self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
-            return await coroutine
-
-        return asyncio.run(main())
+    async def watch(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run the coroutine of an async function, where it can be cancelled."""
+        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+        return await coroutine
 
 
 class _Running:
@@ -376,18 +338,13 @@ class TaskTracker(WorkerPlugin):
         self.runs: dict[str, _Run] = {}
         self.refused: dict[str, None] = {}  # cancelled before they started, the latest last
         self.fresh: list[str] = []  # started, and not reported yet
-        self.children: Children | None = None
-        self.waiting: dict[int, tuple[str, asyncio.Future[Ended]]] = {}  # by the child's number
+        self.runner: ExecutableRunner | None = None
         self.scratch: str | None = None
 
     async def teardown(self, worker: Any) -> None:
         """Called by Dask when the worker closes or the plugin goes: the children go too."""
-        if self.children is not None:
-            await self.children.close()
-        for key, ended in self.waiting.values():  # or they would hold their places for ever
-            if not ended.done():
-                ended.set_exception(Refused(key))
-        self.waiting.clear()
+        if self.runner is not None:
+            await self.runner.close()
         if self.scratch is not None:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
@@ -395,8 +352,8 @@ class TaskTracker(WorkerPlugin):
         """A task that the scheduler wants no more (its client has gone) loses its child."""
         if (finish == "released" or finish == "cancelled") and key in self.runs:
             child = self.runs[key].child
-            if child is not None and self.children is not None:
-                self.children.kill(child, GRACE)
+            if child is not None and self.runner is not None:
+                self.runner.kill(child, GRACE)
 
     def running(self, key: str, *, announce: bool = True) -> _Running:
         """A context in which a call runs; entering it raises Refused for one that was cancelled."""
@@ -433,52 +390,24 @@ class TaskTracker(WorkerPlugin):
         if keys:
             self.worker.log_event(self.name, {"running": keys, "worker": self.worker.address})
 
-    async def spawn(self, run: _Run, program: Program, parents: Sequence[Any]) -> Outcome:
+    async def spawn(self, run: _Run, program: Program, parents: Sequence[Any]) -> ProgramResult:
         """Start a child and wait for its end."""
-        if self.children is None:
-            self.children = Children(self._on_children)
-        launch = _launch(program, parents, self._scratch)
-        if program.ranks > 1:
-            worst_rank(_note_of(program, self._scratch()))  # of an earlier run that was cancelled
-        run.child = self.children.run(launch)
-        ended = asyncio.get_running_loop().create_future()
-        self.waiting[run.child] = program.key, ended
+        if self.runner is None:
+            self.runner = ExecutableRunner()
+        shares = _shares(program)
+        execution = _execution(program, parents, shares, self._scratch)
+        announce = functools.partial(self._announce, program.key)
+        run.child, ended = self.runner.start(execution, announce)
         try:
-            end = await ended
+            outcome = await ended
         except asyncio.CancelledError:
-            self.children.kill(run.child, GRACE)
+            self.runner.kill(run.child, GRACE)
             raise
-        code = end.exit_code
-        if program.ranks > 1:
-            code = worst_rank(_note_of(program, self._scratch())) or code
-        files = [end.stdout_file, end.stderr_file]
-        if program.capture and end.refused is None and end.error is None:
-            files = [launch.stdout_path, launch.stderr_path]
-        data: list[bytes | None] = [None, None]
-        if not _shares(program):
-            data = [await asyncio.to_thread(_fetch, path) for path in files]
-        return Outcome(
-            code,
-            end.stdout,
-            end.stderr,
-            stdout_file=files[0],
-            stderr_file=files[1],
-            stdout_bytes=data[0],
-            stderr_bytes=data[1],
-            error=end.error,
-            host=socket.gethostname(),
-            captured=program.capture,
-        )
-
-    def _on_children(self, events: list[Started | Ended]) -> None:
-        for event in events:
-            if isinstance(event, Started):
-                if event.key in self.waiting:
-                    self._announce(self.waiting[event.key][0])
-            elif event.key in self.waiting:
-                _, ended = self.waiting.pop(event.key)
-                if not ended.done():
-                    ended.set_result(event)
+        host = socket.gethostname()
+        if shares:
+            return ProgramResult(outcome, host)
+        files = (outcome.stdout_file, outcome.stderr_file)
+        return ProgramResult(outcome, host, *[await asyncio.to_thread(_fetch, f) for f in files])
 
     def _scratch(self) -> str:
         """A folder of this worker, for outputs that a client elsewhere cannot have in its own."""
@@ -512,8 +441,8 @@ class TaskTracker(WorkerPlugin):
         return found
 
     async def _stop(self, run: _Run, grace: float) -> str:
-        if run.child is not None and self.children is not None:
-            self.children.kill(run.child, grace)
+        if run.child is not None and self.runner is not None:
+            self.runner.kill(run.child, grace)
         elif run.loop is not None and run.task is not None:
             with contextlib.suppress(RuntimeError):  # it ended just now, and its loop is closed
                 run.loop.call_soon_threadsafe(run.task.cancel)

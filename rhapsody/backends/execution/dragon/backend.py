@@ -29,9 +29,10 @@ from rhapsody.runtime.errors import (
 
 from .batch import BatchExecutor, NodeAgents
 from .node.worker import GRACE, RunContext
+from .options import OPTIONS, check_options
 from .results import RankFiles, job_end, read_end, read_news
 from .runtime import Runtime, on_thread
-from .task import OPTIONS, DragonTask, Planner, check_options
+from .task import DragonTask, Planner
 
 __all__ = ["DragonExecutionBackend", "DragonExecutionBackendV3"]
 

