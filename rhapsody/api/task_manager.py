@@ -3,6 +3,9 @@
 The one owner of their states and futures; everything here runs on the thread of one event loop.
 Most tasks have no retries, timeout or relatives, and need no record; the others have a `_Record`
 while in flight.
+
+Over 500 lines: whatever changes a state or a record is here, so that nothing else need be read to
+know that each task ends once.
 """
 
 from __future__ import annotations
