@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Session", "observers"]
 
-#: Called with each new session; the command line follows the sessions of a script by it.
+#: Called with each new session: so the command line follows the sessions of a script.
 observers: list[Callable[[Session], None]] = []
 
-#: of a session, or one of them
+#: tasks of a session, or one of them
 Tasks = Iterable[BaseTask | dict[str, Any]] | BaseTask | dict[str, Any]
 
 _session_numbers = itertools.count()
@@ -106,14 +106,14 @@ class Session:
 
     @property
     def dropped_events(self) -> int:
-        """How many late and duplicate reports of its backends the session did not believe."""
+        """Number of late and duplicate events of its backends that the session has dropped."""
         return self._manager.dropped_events
 
     @property
     def path(self) -> Path:
         """The session's own folder, below `work_dir`; made when it is first asked for.
 
-        It is named by the uid, with a number behind it where an earlier run has left one.
+        Its name is the uid, with a number appended where an earlier run has left such a folder.
 
         Raises:
             SessionError: `work_dir` cannot be made, or nothing can be made in it.
@@ -129,14 +129,14 @@ class Session:
         return self._path
 
     def _make_path(self) -> Path:
-        # Apart from the loop: only there does FileExistsError say that the next number may do.
+        # Not in the loop below, where a FileExistsError means that the next number is tried.
         self.work_dir.mkdir(parents=True, exist_ok=True)
         for number in itertools.count():
             path = self.work_dir / (f"{self.uid}.{number}" if number else self.uid)
             with contextlib.suppress(FileExistsError):
                 path.mkdir()
                 return path
-        raise AssertionError("numbers do not end")
+        raise AssertionError("the count does not end")
 
     # ------------------------------------------------------------------ submit
 
@@ -149,14 +149,14 @@ class Session:
         `cancel` that stops a task.
 
         Raises:
-            TaskValidationError: some tasks were refused, which its `errors` names; the others
-                were submitted, and run.
-            ResourceError: the same, where they were all refused for want of resources.
+            TaskValidationError: some tasks were refused, with why in its `errors`, by uid; the
+                others were submitted, and run.
+            ResourceError: the same, where each was refused for resources that no backend has.
             SessionError: the session is closed, has no backend, belongs to another event loop (that
                 of its first submit), or `tasks` is not a list of tasks.
 
-        Where it is interrupted (canceled, or by an error of `tasks` itself), tasks that were not
-        handed over by then are CANCELED or still NEW; the others run.
+        Where the call is canceled, or `tasks` itself raises, the tasks that were not handed over by
+        then are CANCELED or still NEW; the others run.
         """
         if self._manager.closing:
             raise SessionError(f"session '{self.uid}' is closed")
@@ -169,9 +169,9 @@ class Session:
     # ------------------------------------------------------------------ cancel and wait
 
     async def cancel(self, task: BaseTask | dict[str, Any]) -> bool:
-        """Stop a task; True when it is CANCELED, which means that it is known to be stopped.
+        """Stop a task; True when it is CANCELED: known to be stopped.
 
-        False where it has ended already, or where its backend cannot stop it: then it runs on.
+        False where it had ended already, or where its backend cannot stop it: then it runs on.
 
         Raises:
             SessionError: the task is not in this session.
@@ -196,7 +196,7 @@ class Session:
         return given
 
     async def _wait(self, tasks: list[Any]) -> None:
-        # Bursts settle many at once, so that few of a long list are ever waited for.
+        # Many tasks settle in one turn of the loop, so that few of a long list are waited for.
         for given in tasks:
             if type(given) is ComputeTask and given.state in TERMINAL_STATES:
                 continue
@@ -242,13 +242,13 @@ class Session:
         Raises:
             Exception: what the first failed call raised, in the order of the items.
             TaskValidationError: as `ComputeTask` and `submit_tasks`.
-            SessionError: `iterable` is none, or `task_fields` say what is run, which `map` does.
+            SessionError: `iterable` is no iterable, or `args` or `executable` is in `task_fields`.
         """
         items: Any = iterable  # as authors write it
         if not isinstance(items, Iterable):
             raise SessionError(f"map takes a list of items, not {items!r}")
         if own := {"args", "executable"} & task_fields.keys():
-            raise SessionError(f"map says itself what a task runs; {min(own)}= is not accepted")
+            raise SessionError(f"map sets what a task runs itself; {min(own)}= is not accepted")
         tasks = [ComputeTask(function=function, args=(i,), **task_fields) for i in iterable]
         await self.submit_tasks(tasks)
         await self.wait_tasks(tasks)

@@ -82,7 +82,7 @@ class BaseTask(MutableMapping[str, Any]):
     task's own exception when it FAILED; RuntimeError before it was submitted.
 
     Args:
-        uid: unique within a session; made (`task.000001`) where none is given.
+        uid: `str` without `/`, unique within a session; made (`task.000001`) where none is given.
         backend: name of the backend to run on; the first compatible one where none is given.
         resources: what the task needs.
         retries: how many more times to run it after a failure.
@@ -209,7 +209,7 @@ class BaseTask(MutableMapping[str, Any]):
         return future
 
     def _settle_future(self) -> None:
-        """Give the future what the terminal state says; a future that is done stays as it is."""
+        """Set the future to the task's end; a future that is done stays as it is."""
         future = self._future
         if future is None or future.done():
             return
@@ -330,7 +330,7 @@ class BaseTask(MutableMapping[str, Any]):
         return state
 
     def _reference(self) -> Self:
-        """A copy that says who a parent is and how it ended, without its own parents."""
+        """A copy of an ended or submitted parent, without that parent's own parents."""
         twin = copy.copy(self)
         for name in self._fields.holding_tasks:
             if twin._options is not None:
@@ -393,9 +393,6 @@ class ComputeTask(BaseTask):
     __slots__ = _INPUT_SLOTS
 
     executable: str | None
-    function: Callable[..., Any] | None
-    args: tuple[Any, ...]
-    _kwargs: Mapping[str, Any]
 
     arguments = Option[list[Any]]([], holds_tasks=True)
 
@@ -414,7 +411,7 @@ class ComputeTask(BaseTask):
         backend: str | None = None,
         **options: Any,
     ) -> None:
-        # The statements of `_begin`, which a call would make half as expensive again.
+        # The statements of `_begin`: a call of it would take half as long again.
         try:
             self.uid = _spare_uids.pop() if uid is None else check_uid(uid)
         except IndexError:
@@ -426,7 +423,7 @@ class ComputeTask(BaseTask):
         self.args = () if args is None else args  # type: ignore[assignment]
         self._kwargs = _NO_KWARGS if kwargs is None else kwargs
         if function is None or executable is not None:
-            if executable is None and options:  # a typo in it: say that
+            if executable is None and options:  # perhaps `executable` is misspelt there
                 self._take_options(options)
             self._take_executable(executable, arguments)
         elif not callable(function):
@@ -625,7 +622,7 @@ def _restore(cls: type[SomeTask], state: dict[str, Any]) -> SomeTask:
 
 
 def _explain(name: str, cls: type[BaseTask]) -> str:
-    """Say what to write in place of an unknown keyword."""
+    """Describe an unknown keyword argument, and what to write in its place."""
     if name in _REMOVED:
         return f"'{name}' is no longer a task's own argument; use {_REMOVED[name]}"
     known = sorted((*cls._fields.inputs, *cls._fields.options))

@@ -174,7 +174,7 @@ class TaskManager:
     # ------------------------------------------------------------------ submit
 
     async def submit(self, tasks: Iterable[Any]) -> list[asyncio.Future[Any]]:
-        """Take tasks in and hand them over; the rest is as `Session.submit_tasks` says."""
+        """Take tasks in and hand them over; see `Session.submit_tasks`."""
         self.enter()
         call = _Submit()
         pending = iter(tasks)
@@ -540,7 +540,7 @@ class TaskManager:
         except Exception:  # an engine's; the author learns that the task was not stopped
             logger.exception("backend '%s' failed to stop task '%s'", backend.name, task.uid)
             stopped = False
-        # It may have failed by itself meanwhile, and be on its way to another run.
+        # It may have failed by itself meanwhile, and be about to run again.
         if not stopped and record.expired and not task.done():
             backend.abandon(task.uid)
             self._finish((task,), FAILED, TaskTimeoutError(task.uid, timeout, stopped=False))

@@ -50,7 +50,7 @@ class RhapsodyError(Exception):
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own way calls cls(*args), which fails for constructors with other arguments.
+        # Exception.__reduce__ calls cls(*args), which fails for constructors with other arguments.
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
@@ -84,10 +84,10 @@ class TaskExecutionError(RhapsodyError):
         self.uid = uid
         self.stderr = stderr
         self.exit_code = exit_code
-        said = (stderr or "").strip()
-        if len(said) > _STDERR_SHOWN:
-            said = "..." + said[-_STDERR_SHOWN:]
-        super().__init__(f"Task '{uid}' failed with exit code {exit_code}: {said}")
+        shown = (stderr or "").strip()
+        if len(shown) > _STDERR_SHOWN:
+            shown = "..." + shown[-_STDERR_SHOWN:]
+        super().__init__(f"Task '{uid}' failed with exit code {exit_code}: {shown}")
 
 
 class TaskTimeoutError(RhapsodyError, TimeoutError):

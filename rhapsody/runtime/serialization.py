@@ -70,10 +70,10 @@ def pack_exception(error: BaseException) -> bytes:
             (type(error), _picklable_args(given), _picklable_args(error.args), fields, state, text)
         )
     except SerializationError:
-        said = SerializationError(
+        substitute = SerializationError(
             f"the task raised an exception that cannot be pickled: {describe_error(error)}"
         )
-        return dumps((SerializationError, said.args, said.args, {}, {}, text))
+        return dumps((SerializationError, substitute.args, substitute.args, {}, {}, text))
 
 
 def unpack_exception(data: bytes | bytearray) -> BaseException:
