@@ -42,15 +42,27 @@ class Statistics:
         # Every key from the start: other threads read it, and it must not grow under them.
         self._counts[name] = Counter(dict.fromkeys((RUNNING, DONE, FAILED, CANCELED), 0))
 
-    def count(self, backend: str | None, state: str, number: int = 1) -> None:
-        """Add to the tasks of a backend that are in a state."""
-        self._counts[backend or ""][state] += number
+    def add_start(self, backend: str) -> None:
+        """Add a task that runs now."""
+        self._counts[backend][RUNNING] += 1
 
-    def add_times(self, total: float, queue: float, execution: float) -> None:
-        """Add the times of one or several ended tasks, in seconds."""
+    def add_end(
+        self, backend: str, before: str, state: str, total: float, queue: float, execution: float
+    ) -> None:
+        """Add a task that has ended, with the state in which it was before, and its times."""
+        counts = self._counts[backend]
+        if before == RUNNING:
+            counts[RUNNING] -= 1
+        counts[state] += 1
         self._total += total
         self._queue += queue
         self._execution += execution
+
+    def add_done(self, backend: str, number: int, queue: float) -> None:
+        """Add tasks that were DONE at once, and the sum of their times in seconds."""
+        self._counts[backend][DONE] += number
+        self._total += queue
+        self._queue += queue
 
     def report(self) -> SessionStatistics:
         """Return the counts and the mean times."""

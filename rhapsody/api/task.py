@@ -135,9 +135,11 @@ class BaseTask(MutableMapping[str, Any]):
 
     kind: ClassVar[str] = ""
     _fields: ClassVar[FieldNames]
+    _names: ClassVar[frozenset[str]]  # those of the fields, which every access looks up
 
     def __init_subclass__(cls) -> None:
         cls._fields = FieldNames.of(cls)
+        cls._names = cls._fields.names
 
     # ------------------------------------------------------------------ results
 
@@ -214,7 +216,7 @@ class BaseTask(MutableMapping[str, Any]):
         if future is None or future.done():
             return
         if self.state == DONE:
-            future.set_result(self._submitted_object())
+            future.set_result(self if self._options is None else self._submitted_object())
         elif self.state == CANCELED or self.exception is None:
             future.cancel()
         elif isinstance(self.exception, (StopIteration, asyncio.CancelledError)):
@@ -254,7 +256,7 @@ class BaseTask(MutableMapping[str, Any]):
     # ------------------------------------------------------------------ the mapping
 
     def __getitem__(self, key: str) -> Any:
-        if key in self._fields.names:
+        if key in self._names:
             return getattr(self, key)
         if self._options is not None and key in self._options:
             return self._options[key]
@@ -267,10 +269,10 @@ class BaseTask(MutableMapping[str, Any]):
         """
         if (option := self._fields.options.get(key)) is not None:
             return option.peek(self)
-        return getattr(self, key) if key in self._fields.names else super().get(key, default)
+        return getattr(self, key) if key in self._names else super().get(key, default)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if key in self._fields.names:
+        if key in self._names:
             setattr(self, key, value)
             return
         if self._options is None:
@@ -286,7 +288,7 @@ class BaseTask(MutableMapping[str, Any]):
         fields = self._fields
         yield from (*fields.inputs, *fields.options, *fields.outcome)
         for key in self._options or ():
-            if key not in fields.names and not key.startswith("_"):
+            if key not in self._names and not key.startswith("_"):
                 yield key
 
     def __len__(self) -> int:
@@ -368,6 +370,7 @@ class BaseTask(MutableMapping[str, Any]):
 
 
 BaseTask._fields = FieldNames.of(BaseTask)
+BaseTask._names = BaseTask._fields.names
 
 
 class ComputeTask(BaseTask):

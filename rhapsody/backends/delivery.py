@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast, final
 
 from rhapsody.runtime.errors import BackendError
 from rhapsody.runtime.task import Event, EventTuple, Fields, Task, kind_of
@@ -28,6 +28,7 @@ Listener = Callable[[Sequence[EventTuple]], None]
 _BURST = 1024
 
 
+@final
 class _SameState(NamedTuple):
     """One state of several tasks, without results."""
 
@@ -104,46 +105,43 @@ class Delivery:
     def _drain(self) -> None:
         # First the flag, then the reports: one that comes in between causes a wake that finds none.
         self._wake_pending = False
-        reports = self._reports
-        burst: list[EventTuple] = []
+        reports, live = self._reports, self._live
+        burst: list[Reported] = []
         taken = 0
         while reports and taken < _BURST:
             report = reports.popleft()
-            if isinstance(report, _SameState):
+            if type(report) is _SameState:
                 taken += len(report.tasks)
                 burst += self._accept_all(report)
+                continue
+            taken += 1
+            named, state, fields = report
+            # type(), since isinstance() takes 45 ns for a task and this 20, of 4 us for all of it.
+            kind = type(named)
+            uid: str = named if kind is str else named["uid"] if kind is dict else named.uid  # type: ignore[assignment,index,union-attr]
+            task = live.pop(uid, None) if state in TERMINAL_STATES else live.get(uid)
+            if task is None:
+                self.dropped_events += 1
             else:
-                taken += 1
-                self._accept(report, burst)
+                burst.append(report if task is named else (task, state, fields))
         if reports and not self._wake_pending:
             self._wake()
         if burst:
+            events = cast("list[EventTuple]", burst)  # each with the task itself by now
             try:
-                self._listener(burst)
+                self._listener(events)
             finally:
                 if self._callback is not None:
-                    self._call_back(burst)
-
-    def _accept(self, report: Reported, burst: list[EventTuple]) -> None:
-        """Add the report of a task in flight to a burst; a terminal one ends the flight."""
-        named, state, fields = report
-        if isinstance(named, str):
-            uid = named
-        else:
-            uid = named["uid"] if isinstance(named, dict) else named.uid
-        task = self._live.pop(uid, None) if state in TERMINAL_STATES else self._live.get(uid)
-        if task is None:
-            self.dropped_events += 1
-        else:
-            burst.append((task, state, fields))
+                    self._call_back(events)
 
     def _accept_all(self, report: _SameState) -> list[EventTuple]:
+        """Return the events of those tasks that are in flight."""
         tasks, state = report
         find = self._live.pop if state in TERMINAL_STATES else self._live.get
         burst: list[EventTuple] = [
             (found, state, None)
             for task in tasks
-            if (found := find(task["uid"] if isinstance(task, dict) else task.uid, None))
+            if (found := find(task["uid"] if type(task) is dict else task.uid, None))  # type: ignore[union-attr]
             is not None
         ]
         self.dropped_events += len(tasks) - len(burst)
