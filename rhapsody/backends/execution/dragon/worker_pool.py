@@ -376,7 +376,7 @@ class WorkerPool(BatchExecutor):
             self._thread.changed.notify_all()
 
     def withdraw(self, flight: DragonTask) -> bool:
-        """Take a task back that no worker has; True where there was none."""
+        """Take a task back; False where a worker may have it already."""
         with self._thread.changed:
             if flight.number in self._out:
                 return False
