@@ -243,7 +243,7 @@ class Server:
         for number, stream in enumerate(child.streams):
             stream.read_rest()
             if self._outputs.pop(stream.fd, None) is not None:
-                # The close alone is not enough: a child on its way to its program still has it open.
+                # A close is not enough: a child on its way to its program still has it open.
                 self._poll.unregister(stream.fd)
             ends[number] = stream.close()
         errors = [stream.error for stream in child.streams if stream.error]
