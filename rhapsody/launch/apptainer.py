@@ -168,7 +168,7 @@ def run_inside(image: Image, arguments: Sequence[str], environ: Mapping[str, str
     node_file = environ.get("PBS_NODEFILE")  # is on this node only
     here = image if node_file is None else image._replace(binds=[*image.binds, node_file])
     command = here.command(argv)
-    descendants.adopt()
+    descendants.become_subreaper()
     sys.stdout.flush()
     sys.stderr.flush()
     with socket.socket(socket.AF_UNIX) as listener:

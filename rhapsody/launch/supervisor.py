@@ -77,7 +77,7 @@ def supervise(spec: LaunchSpec) -> int:
     In an image (see `apptainer`) the process on the host gets the signals and sends their numbers
     by stdin; a signal to this process is a second copy and is ignored.
     """
-    descendants.adopt()
+    descendants.become_subreaper()
     segments = SegmentTracker()
     directory = make_run_directory(spec.environ, spec.shared_dir, spec.host_socket)
     if spec.host_socket is not None:
@@ -90,7 +90,7 @@ def supervise(spec: LaunchSpec) -> int:
     pid = os.fork()
     if pid == 0:
         os.close(writer)
-        descendants.adopt()  # a fork does not inherit it
+        descendants.become_subreaper()  # a fork does not inherit it
         code = 1
         try:
             code = _Supervisor(spec, directory, reader, segments).run()

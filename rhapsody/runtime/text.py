@@ -35,7 +35,7 @@ def plain_str(text: str | bytes | os.PathLike[Any]) -> str:
 
     A subclass cannot be marshalled, and may not exist where it is unpickled.
     """
-    return str.__str__(os.fsdecode(text))
+    return text if type(text) is str else str.__str__(os.fsdecode(text))
 
 
 def argument_str(value: object) -> str:

@@ -31,7 +31,7 @@ MISSED_HEARTBEATS = 60  # in a row mean a lost host: a network file system may s
 def main() -> None:
     """Run the command; exits with its exit code, or 1 when the run was over before it."""
     directory, *command = sys.argv[1:]
-    descendants.adopt()
+    descendants.become_subreaper()
     segments = SegmentTracker()
     backend = subprocess.Popen(command)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

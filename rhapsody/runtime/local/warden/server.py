@@ -198,10 +198,7 @@ class Server:
     def _on_output(self, fd: int) -> None:
         if not self._outputs[fd].read():
             # Closed by the child, which may run on; its end is another matter.
-            self._forget_output(fd)
-
-    def _forget_output(self, fd: int) -> None:
-        if self._outputs.pop(fd, None) is not None:
+            del self._outputs[fd]
             self._poll.unregister(fd)
 
     def _reap(self) -> None:
@@ -245,7 +242,9 @@ class Server:
         ends = [OutputEnd(), OutputEnd()]
         for number, stream in enumerate(child.streams):
             stream.read_rest()
-            self._forget_output(stream.fd)
+            if self._outputs.pop(stream.fd, None) is not None:
+                # A close is not enough: a child on its way to its program still has it open.
+                self._poll.unregister(stream.fd)
             ends[number] = stream.close()
         errors = [stream.error for stream in child.streams if stream.error]
         ended = messages.Ended(
