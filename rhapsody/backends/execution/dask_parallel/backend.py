@@ -308,7 +308,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         for key in keys:
             if (task := self._pending.get(key)) is not None:
                 task.worker = worker
-                events.append((task.submitted, "RUNNING", None))
+                events.append(Event(task.submitted, "RUNNING"))
         if events:
             self.deliver_burst(events)
 

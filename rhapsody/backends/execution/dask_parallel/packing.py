@@ -5,14 +5,15 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, inputs_of, kind_of, map_elements
+from rhapsody.runtime.arguments import arguments_of, inputs_of, map_elements
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
 from rhapsody.runtime.local.executables import describe
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import argument_str, plain_str
 
 from .capacity import requested_resources
@@ -87,7 +88,7 @@ class TaskSerializer:
     def _serialize_executable(self, task: DaskTask) -> None:
         submitted = task.submitted
         task.key = self._key(task, os.path.basename(os.fspath(submitted["executable"])))
-        arguments = [self._resolve(task, argument) for argument in _arguments(submitted)]
+        arguments = [self._resolve(task, argument) for argument in arguments_of(submitted)]
         words = [
             plain_str(submitted["executable"]),
             *(arg if isinstance(arg, Placeholder) else argument_str(arg) for arg in arguments),
@@ -147,11 +148,3 @@ class TaskSerializer:
         if settled.state != "DONE":
             raise DependencyError(task.uid, settled.uid, settled.exception)
         return settled.result()
-
-
-def _arguments(submitted: Task) -> Sequence[Any]:
-    bound = None if isinstance(submitted, dict) else submitted._bound
-    given: Sequence[Any] = (
-        (submitted.get("arguments") or []) if bound is None else bound["arguments"]
-    )
-    return given

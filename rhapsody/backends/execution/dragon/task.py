@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from rhapsody.backends.options import EXECUTABLE_OPTIONS
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, command_of, inputs_of, kind_of
+from rhapsody.runtime.arguments import command_of, inputs_of
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.task import Task, kind_of
 
 __all__ = [
     "TEMPLATE_KEYS",
@@ -172,7 +173,7 @@ class Planner:
             SerializationError: its function or arguments cannot be pickled.
         """
         flight = DragonTask(task, self.number())
-        plain = type(task) is not dict and task._options is None  # most: nothing to look up
+        plain = not isinstance(task, dict) and task._options is None  # most: nothing to look up
         options = {} if plain else task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = None if plain else task.get("resources")
         call = _call(task, pickled) if kind_of(task) == "function" else None
