@@ -15,8 +15,8 @@ from rhapsody.backends.options import EXECUTABLE_OPTIONS, check_options
 from rhapsody.runtime.arguments import inputs_of
 from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.local.calls import Call
-from rhapsody.runtime.local.children import RESOURCE_ERRNOS, Children, Ended, Started
-from rhapsody.runtime.local.executables import ExecutableRun, describe
+from rhapsody.runtime.local.children import Children, Ended, Started
+from rhapsody.runtime.local.executables import ExecutableRun, describe, start_error
 from rhapsody.runtime.local.process_pool import ProcessPool
 from rhapsody.runtime.local.thread_pool import ThreadPool
 from rhapsody.runtime.local.worker_process import WorkerSpec
@@ -202,7 +202,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
                 self._grants.pop(task["uid"], None)
                 if grant is not None:
                     self._slots.release(grant)
-                self.deliver(task, "FAILED", exception=_why(error, self.name))
+                self.deliver(task, "FAILED", exception=start_error(error, self.name))
 
     def _start_function(self, task: Task, grant: Grant) -> None:
         call = _call_of(task, grant)
@@ -260,7 +260,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         try:
             outcome = run.outcome(end, self.name)
         except (OSError, ValueError) as error:  # its files were tampered with
-            return "FAILED", {"exception": _why(error, self.name)}
+            return "FAILED", {"exception": start_error(error, self.name)}
         return outcome.state, outcome.fields()
 
     def _pass_on(self, end: Ended, grant: Grant | None) -> None:
@@ -352,19 +352,6 @@ def _call_of(task: Task, grant: Grant | None = None) -> Call:
         return Call(task, uid, function, args, kwargs)
     need: Resources = task["resources"]
     return Call(task, uid, function, args, kwargs, grant.cores, {**(need.env or {}), **grant.env})
-
-
-def _why(error: Exception, name: str) -> Exception:
-    """What a task that could not be run fails with: what is not the machine's is as it was."""
-    if isinstance(error, BackendError):
-        error.backend = name
-    if not isinstance(error, OSError):
-        return error
-    wrapped = BackendError(
-        f"cannot run the task: {error}", backend=name, transient=error.errno in RESOURCE_ERRNOS
-    )
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def _remove_if_empty(folder: str) -> None:
