@@ -22,7 +22,6 @@ TEARDOWN = Settings(
 #: Modules that `nox -s tests` runs on one Python; the noxfile says why. Folders end with a slash.
 ONE_PYTHON = (
     "backends/dask_parallel/",
-    "backends/test_dask",
     "launch/",
     "runtime/test_mpi",
     "test_helpers",

@@ -18,7 +18,7 @@ __all__ = [
 
 
 def safe_str(value: Any) -> str:
-    """Return `str(value)`; of a value whose `__str__` raises, a text that says so."""
+    """Return `str(value)`; a message about its `__str__` where that raises."""
     try:
         return str(value)
     except Exception as error:  # the author's code

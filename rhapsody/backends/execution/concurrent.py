@@ -112,7 +112,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         self._pool = ThreadPool(executor, _width_of(executor, len(self._cores)), self._report)
 
     async def _stop(self) -> None:
-        canceled: list[Event] = [(task, "CANCELED", None) for task in self._queue]
+        canceled: list[Event] = [Event(task, "CANCELED") for task in self._queue]
         self._queue.clear()
         self.deliver_burst(canceled)
         try:
@@ -242,7 +242,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         for event in events:
             if isinstance(event, Started):
                 if event.key in self._running:
-                    burst.append((self._running[event.key].task, "RUNNING", None))
+                    burst.append(Event(self._running[event.key].task, "RUNNING"))
                 continue
             running = self._running.pop(event.key, None)
             if running is None:
@@ -250,7 +250,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             self._keys.pop(running.task["uid"], None)
             self._pass_on(event, running.grant)
             state, fields = self._outcome(running.run, event)
-            burst.append((running.task, state, fields))
+            burst.append(Event(running.task, state, fields))
             if running.stopped is not None and not running.stopped.done():
                 running.stopped.set_result(state == "CANCELED")
         self._fill_slots()  # first the next children, then what became of the last
@@ -347,6 +347,7 @@ def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None
 def _call_of(task: Task, grant: Grant | None = None) -> Call:
     args, kwargs = inputs_of(task)
     function = task["function"] if isinstance(task, dict) else task.function
+    assert function is not None
     uid = task["uid"] if isinstance(task, dict) else task.uid
     if grant is None:
         return Call(task, uid, function, args, kwargs)

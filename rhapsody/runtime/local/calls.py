@@ -9,14 +9,12 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import CoroutineType
 from typing import Any
 
-from rhapsody.runtime.arguments import Task
+from rhapsody.runtime.task import EventTuple, Task
 
-__all__ = ["Call", "Event", "Report", "call_function", "strip_frames"]
+__all__ = ["Call", "Report", "call_function", "strip_frames"]
 
-#: a task, its state, and its result fields
-Event = tuple[Task, str, "dict[str, Any] | None"]
 #: takes events, from any thread, as `BaseExecutionBackend.deliver_burst` does
-Report = Callable[[Sequence[Event]], None]
+Report = Callable[[Sequence[EventTuple]], None]
 
 
 class Call:

@@ -15,10 +15,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rhapsody.runtime.arguments import Task, command_of, shell_command
+from rhapsody.runtime.arguments import command_of, shell_command
 from rhapsody.runtime.errors import BackendError, TaskExecutionError
 from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command, worst_rank
 from rhapsody.runtime.machine.slots import Grant
+from rhapsody.runtime.task import Task
 
 from .children import RESOURCE_ERRNOS, Children, Ended, Launch, Started
 

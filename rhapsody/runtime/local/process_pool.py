@@ -24,9 +24,10 @@ from typing import Any
 
 from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import BackendError, SerializationError, WorkerLostError
+from rhapsody.runtime.task import EventTuple
 
 from . import pool_worker as remote
-from .calls import Call, Event, Report
+from .calls import Call, Report
 from .children import Children
 from .frames import Frame
 from .worker_process import WorkerProcess, WorkerSpec, start_worker
@@ -129,7 +130,7 @@ class ProcessPool:
         for call in unwanted:
             self.settle(call, ((call.task, "CANCELED", None),))
 
-    def settle(self, call: Call, events: Sequence[Event]) -> None:
+    def settle(self, call: Call, events: Sequence[EventTuple]) -> None:
         """Report the end of a call that a thread holds, first of these events, and the others."""
         thread = self.held.get(call.uid)
         canceled = self.cancels.pop(call.uid, None)
@@ -320,7 +321,7 @@ class _WorkerThread:
         self, call: Call, state: str, fields: dict[str, Any] | None, *, next_begun: bool = False
     ) -> None:
         """Report the end of a call, and where the bundle's next one has begun, that too."""
-        events: list[Event] = [(call.task, state, fields)]
+        events: list[EventTuple] = [(call.task, state, fields)]
         if next_begun:
             events.append((self.bundle[0].task, "RUNNING", None))
         self.pool.settle(call, events)

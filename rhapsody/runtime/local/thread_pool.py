@@ -14,7 +14,9 @@ from collections.abc import Coroutine, Iterable
 from concurrent.futures import Executor
 from typing import Any, NamedTuple
 
-from .calls import Call, Event, Report, call_function, strip_frames
+from rhapsody.runtime.task import EventTuple
+
+from .calls import Call, Report, call_function, strip_frames
 
 __all__ = ["ThreadPool"]
 
@@ -141,7 +143,7 @@ class ThreadPool:
         until = time.monotonic() + _TURN
         report = self._report
         watcher = _Watcher(self._coroutines)
-        last: Event | None = None
+        last: EventTuple | None = None
         while True:
             try:
                 call = self._queue.popleft()
@@ -173,7 +175,7 @@ class ThreadPool:
             report((last,))
             self._answer_cancel(last)
 
-    def _answer_cancel(self, event: Event) -> None:
+    def _answer_cancel(self, event: EventTuple) -> None:
         """Tell whoever canceled a coroutine that its end has been reported, and which it is."""
         uid = event[0]["uid"]
         self._canceled.discard(uid)
@@ -190,7 +192,7 @@ class ThreadPool:
         except RuntimeError:  # the loop is closed, and nobody waits any more
             return
 
-    def _run(self, call: Call, watcher: _Watcher) -> Event:
+    def _run(self, call: Call, watcher: _Watcher) -> EventTuple:
         uid = watcher.uid = call.uid
         began = time.monotonic()
         try:

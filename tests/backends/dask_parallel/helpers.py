@@ -7,7 +7,6 @@ import importlib
 import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from rhapsody.api import ComputeTask, Session
@@ -23,13 +22,6 @@ async def until(condition: Callable[[], object], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         await asyncio.sleep(0.02)
-
-
-def alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 async def ended(session: Session, *tasks: ComputeTask) -> tuple[ComputeTask, ...]:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
+from processes import alive
 from rhapsody.api import ComputeTask, Session
 from rhapsody.api.errors import TaskTimeoutError
 
-from .helpers import Client, add, alive, ended, options, until
+from .helpers import Client, add, ended, options, until
 
 pytestmark = pytest.mark.timeout(180)
 

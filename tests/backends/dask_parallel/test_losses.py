@@ -18,11 +18,12 @@ import dask
 import pytest
 
 from functions import die
+from processes import alive
 from rhapsody.api import ComputeTask, Session
 from rhapsody.api.errors import BackendError, WorkerLostError
 from rhapsody.backends.execution.dask_parallel import DaskExecutionBackend
 
-from .helpers import LocalCluster, add, alive, ended, options, until
+from .helpers import LocalCluster, add, ended, options, until
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -141,7 +142,7 @@ def processes(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[b
     yield start  # type: ignore[misc]
     for process in started:
         process.kill()
-        process.wait()
+        process.wait(30)
 
 
 def test_a_lost_scheduler_fails_what_is_in_flight(processes: Any, tmp_path: Path) -> None:

@@ -308,7 +308,7 @@ class DaskExecutionBackend(BaseExecutionBackend):
         for key in keys:
             if (task := self._pending.get(key)) is not None:
                 task.worker = worker
-                events.append((task.submitted, "RUNNING", None))
+                events.append(Event(task.submitted, "RUNNING"))
         if events:
             self.deliver_burst(events)
 
@@ -331,8 +331,9 @@ class DaskExecutionBackend(BaseExecutionBackend):
 
         Until then it may still submit a child of one of them.
         """
-        too_early = []
-        for task in tasks:
+        too_early, forgotten = [], []
+        while tasks:  # no reference may stay here, see `drop`
+            task = tasks.pop()
             if self._by_uid.get(task.uid) is not task:
                 continue
             if task.uid in self._live:
@@ -340,8 +341,12 @@ class DaskExecutionBackend(BaseExecutionBackend):
                 continue
             del self._by_uid[task.uid]
             task.parents = []
+            forgotten.append(task)
+            del task
         if too_early and self._loop is not None:
             self._loop.call_soon(self._forget, too_early)
+        if forgotten:
+            self._connection.drop(forgotten)
 
 
 def _problems(resources: object, cluster: Any, client: Any, worker_timeout: object) -> list[str]:

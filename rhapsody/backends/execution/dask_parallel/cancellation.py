@@ -21,7 +21,7 @@ __all__ = ["STOP_TIMEOUT", "TaskCanceller"]
 
 logger = logging.getLogger(__name__)
 
-# Seconds for workers to stop calls and answer; `TaskTracker.stop` takes up to 7 of them.
+# Seconds for workers to stop calls and answer; `TaskTracker.stop` takes up to 7.
 _ANSWER_TIMEOUT = 10.0
 #: Seconds that `TaskCanceller.stop` takes at the most: it asks up to three times.
 STOP_TIMEOUT = 3 * _ANSWER_TIMEOUT
@@ -96,7 +96,7 @@ class TaskCanceller:
         except BaseException:
             await self._connection.call(self._resume, tasks)
             raise
-        told: dict[str, set[str]] = {task.key: set() for task in tasks}
+        told: dict[str, set[StopResult]] = {task.key: set() for task in tasks}
         for answer in answers.values():
             for key, result in answer.items():
                 told[key].add(result)
@@ -108,7 +108,7 @@ class TaskCanceller:
 
     # ------------------------------------------------------------------ the workers
 
-    async def _ask(self, keys: list[str]) -> dict[str, dict[str, str]]:
+    async def _ask(self, keys: list[str]) -> dict[str, dict[str, StopResult]]:
         """Ask every worker to stop keys; returns its `StopResult` of each, by its address."""
         answers: dict[str, Any] = {}
         with contextlib.suppress(asyncio.TimeoutError):

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rhapsody.runtime.arguments import Task
 from rhapsody.runtime.errors import BackendError, ResourceError
+from rhapsody.runtime.task import Task
 
 from .connection import DaskConnection
 from .task import DaskTask, PendingTasks, TaskResult

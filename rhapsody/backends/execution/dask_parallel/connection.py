@@ -200,6 +200,16 @@ class DaskConnection:
             return await on_client_loop()
         return await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(on_client_loop(), loop))
 
+    def drop(self, objects: list[Any]) -> None:
+        """Empty a list on the client's loop, where futures in it are released at the least cost.
+
+        Each that is released on another thread wakes the client's loop up.
+        """
+        try:
+            self.client.loop.asyncio_loop.call_soon_threadsafe(objects.clear)
+        except RuntimeError:  # the loop is closed
+            objects.clear()
+
     def may_grow(self) -> bool:
         """Whether more workers may join, as far as the cluster object tells."""
         cluster = self.cluster

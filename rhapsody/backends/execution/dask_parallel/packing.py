@@ -5,19 +5,20 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import partial
 from typing import Any
 
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, inputs_of, kind_of, map_elements
+from rhapsody.runtime.arguments import arguments_of, inputs_of, map_elements
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
 from rhapsody.runtime.local.executables import describe
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import argument_str, plain_str
 
 from .capacity import requested_resources
 from .task import DaskTask
-from .worker_plugin import Call, OpaqueBytes, Program, Slot, run_function, run_program
+from .worker_plugin import Call, OpaqueBytes, Placeholder, Program, run_function, run_program
 
 __all__ = ["TaskSerializer"]
 
@@ -87,10 +88,10 @@ class TaskSerializer:
     def _serialize_executable(self, task: DaskTask) -> None:
         submitted = task.submitted
         task.key = self._key(task, os.path.basename(os.fspath(submitted["executable"])))
-        arguments = [self._resolve(task, argument) for argument in _arguments(submitted)]
+        arguments = [self._resolve(task, argument) for argument in arguments_of(submitted)]
         words = [
             plain_str(submitted["executable"]),
-            *(arg if isinstance(arg, Slot) else argument_str(arg) for arg in arguments),
+            *(arg if isinstance(arg, Placeholder) else argument_str(arg) for arg in arguments),
         ]
         executable = describe(submitted, words=())
         if isinstance(executable.stdin, str):  # a path, relative to a folder of the client
@@ -140,18 +141,10 @@ class TaskSerializer:
             if parent not in task.parents:
                 task.parents.append(parent)
                 parent.children.append(task)
-            return Slot(task.parents.index(parent))
+            return Placeholder(task.parents.index(parent))
         settled: Any = value
         if not hasattr(settled, "result") or not settled.done():
             return value
         if settled.state != "DONE":
             raise DependencyError(task.uid, settled.uid, settled.exception)
         return settled.result()
-
-
-def _arguments(submitted: Task) -> Sequence[Any]:
-    bound = None if isinstance(submitted, dict) else submitted._bound
-    given: Sequence[Any] = (
-        (submitted.get("arguments") or []) if bound is None else bound["arguments"]
-    )
-    return given

@@ -104,6 +104,18 @@ class Client(Closable, Protocol):
         """Remove a plugin from all workers."""
 
 
+class Worker(Addressed, Protocol):
+    """`distributed.Worker`."""
+
+    plugins: Mapping[str, object]
+    data: Mapping[str, object]
+    local_directory: str
+    loop: IOLoop
+
+    def log_event(self, topic: str, msg: object) -> None:
+        """Send an event to the clients that have subscribed to its topic."""
+
+
 class SchedulerTask(Protocol):
     """`distributed.scheduler.TaskState`."""
 

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from rhapsody.runtime.arguments import Task
 from rhapsody.runtime.errors import BackendError
+from rhapsody.runtime.task import Task
 
 from .messages import CompletedKey
 from .options import DASK_OPTIONS, worker_names

@@ -353,7 +353,7 @@ class DragonExecutionBackendV3(BaseExecutionBackend):
         crew = flight.crew
         if crew is not None and crew.retired:
             self._leave_if_idle(crew)
-        return flight.task, state, fields
+        return Event(flight.task, state, fields)
 
     def _finish(self, flight: DragonTask, state: str, fields: dict[str, Any]) -> None:
         if (event := self._end(flight, state, fields)) is not None:

@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 from rhapsody.backends.options import EXECUTABLE_OPTIONS
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, command_of, inputs_of, kind_of
+from rhapsody.runtime.arguments import command_of, inputs_of
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.task import Task, kind_of
 
 __all__ = [
     "TEMPLATE_KEYS",
@@ -172,7 +173,7 @@ class Planner:
             SerializationError: its function or arguments cannot be pickled.
         """
         flight = DragonTask(task, self.number())
-        plain = type(task) is not dict and task._options is None  # most: nothing to look up
+        plain = not isinstance(task, dict) and task._options is None  # most: nothing to look up
         options = {} if plain else task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = None if plain else task.get("resources")
         call = _call(task, pickled) if kind_of(task) == "function" else None
@@ -183,7 +184,7 @@ class Planner:
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
-            # An TaskMessage, as it is unpickled there; to make one here takes longer than to pickle it.
+            # A TaskMessage once unpickled there; making one here takes longer than pickling it.
             flight.data = pickle.dumps((self._work_dir(), call, program), pickle.HIGHEST_PROTOCOL)
         return flight
 

@@ -212,6 +212,7 @@ class _Local:
         return outcome.state, fields
 
     def _start(self, order: TaskMessage, ended: Future[Outcome]) -> None:
+        assert order.program is not None
         self._key = None
         try:
             if self._runner is None:
