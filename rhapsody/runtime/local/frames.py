@@ -71,7 +71,7 @@ class FrameBuffer:
 
 
 class Frame(NamedTuple):
-    """A message; that of a result has seconds of `time.monotonic()` at begin and end of its call."""
+    """A message; of a result also when its call began and ended, by `time.monotonic()`."""
 
     kind: bytes  # one letter
     data: bytearray
