@@ -3,9 +3,11 @@
     python -m benchmarks.dask_bench [--write docs/dask-benchmarks.md]
 
 A cluster of two workers of one thread runs in processes of its own; this one connects to it, once
-as plain Dask (`Client.map` and `gather`) and once as a session, in turns. A ratio is that of the
-two times of one turn. With `--peer PYTHON`, an interpreter that has `rhapsody-py[dask]==0.6.0`,
-that release runs the same functions beside plain Dask in a process of its own, as a black box.
+as plain Dask (`Client.map` and `gather`) and once as a session, in turns. Beside the wall time the
+processor time is measured, user and system: that of this process, the cluster's, and all their
+children. A ratio is that of the two sides of one turn. With `--peer PYTHON`, an interpreter that
+has `rhapsody-py[dask]==0.6.0`, that release runs the same functions beside plain Dask in a process
+of its own, as a black box.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from benchmarks.cpu import adopt_orphans, seconds_below
 
 N_WORKERS = 2
 MEGABYTES = 10
@@ -53,6 +57,23 @@ def serve() -> None:
         sys.stdin.read()
 
 
+class Reading(NamedTuple):
+    """Seconds that one side took, once."""
+
+    wall: float
+    cpu: float  # of this process and all below it: the cluster, its workers, their children
+
+
+class Clock:
+    """Measures from when it is made."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), seconds_below()
+
+    def read(self) -> Reading:
+        return Reading(time.perf_counter() - self._wall, seconds_below() - self._cpu)
+
+
 # ---------------------------------------------------------------------- the two sides
 
 
@@ -61,20 +82,20 @@ class Raw:
         distributed: Any = importlib.import_module("distributed")
         self.client = distributed.Client(address, set_as_default=False)
 
-    def _map(self, function: Callable[[int], Any], count: int) -> float:
-        begun = time.perf_counter()
+    def _map(self, function: Callable[[int], Any], count: int) -> Reading:
+        clock = Clock()
         results = self.client.gather(self.client.map(function, range(count), pure=False))
-        seconds = time.perf_counter() - begun
+        reading = clock.read()
         assert len(results) == count
-        return seconds
+        return reading
 
-    def functions(self, count: int) -> float:
+    def functions(self, count: int) -> Reading:
         return self._map(increment, count)
 
-    def executables(self, count: int) -> float:
+    def executables(self, count: int) -> Reading:
         return self._map(run_true, count)
 
-    def data(self, count: int) -> float:
+    def data(self, count: int) -> Reading:
         return self._map(make_data, count)
 
 
@@ -82,32 +103,32 @@ class Ours:
     def __init__(self, address: str) -> None:
         self.address = address
 
-    def _run(self, count: int, **fields: Any) -> float:
+    def _run(self, count: int, **fields: Any) -> Reading:
         from rhapsody.api import ComputeTask, Session
         from rhapsody.backends.execution.dask_parallel import DaskExecutionBackend
 
-        async def main() -> float:
+        async def main() -> Reading:
             backend = await DaskExecutionBackend(cluster=self.address)
             async with Session(backends=[backend]) as session:
                 await session.submit_tasks(first := [ComputeTask(function=increment, args=(1,))])
                 await session.wait_tasks(first)
-                begun = time.perf_counter()
+                clock = Clock()
                 if "executable" in fields:
                     tasks = [ComputeTask(**fields) for _ in range(count)]
                 else:
                     tasks = [ComputeTask(args=(n,), **fields) for n in range(count)]
                 await asyncio.gather(*await session.submit_tasks(tasks))
-                return time.perf_counter() - begun
+                return clock.read()
 
         return asyncio.run(main())
 
-    def functions(self, count: int) -> float:
+    def functions(self, count: int) -> Reading:
         return self._run(count, function=increment)
 
-    def executables(self, count: int) -> float:
+    def executables(self, count: int) -> Reading:
         return self._run(count, executable="/bin/true")
 
-    def data(self, count: int) -> float:
+    def data(self, count: int) -> Reading:
         return self._run(count, function=make_data)
 
 
@@ -200,6 +221,7 @@ def main() -> None:
     if options.serve:
         serve()
         return
+    adopt_orphans()
     command = [sys.executable, "-m", "benchmarks.dask_bench", "--serve"]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -220,30 +242,26 @@ def _measure(address: str, options: argparse.Namespace) -> list[str]:
     raw, ours = Raw(address), Ours(address)
     raw.functions(200)
     lines = [
-        "| what | plain Dask, s | ours, s | ratio: median (least to most) | goal |",
-        "|---|---|---|---|---|",
+        "| what | measured | plain Dask, s | ours, s | ratio: median (least to most) | goal |",
+        "|---|---|---|---|---|---|",
     ]
     for name, count, words, goal in (
         ("functions", options.tasks, f"{options.tasks:,} short functions", "1.1"),
         ("executables", options.tasks // 10, f"{options.tasks // 10:,} times `/bin/true`", "1.1"),
         ("data", 100, f"100 results of {MEGABYTES} MiB", "1.1"),
     ):
-        times: list[tuple[float, float]] = []
-        for turn in range(options.repeat):
-            pair = [getattr(raw, name), getattr(ours, name)]
-            seconds = [side(count) for side in (pair if turn % 2 == 0 else reversed(pair))]
-            times.append((seconds[0], seconds[1]) if turn % 2 == 0 else (seconds[1], seconds[0]))
-            print(f"  {name}: {times[-1]}", file=sys.stderr, flush=True)
-        ratios = [b / a for a, b in times]
-        lines.append(
-            f"| {words} | {statistics.median(a for a, _ in times):.2f}"
-            f" | {statistics.median(b for _, b in times):.2f}"
-            f" | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
-            f" | ≤ {goal} |"
-        )
+        turns: list[Turn] = []
+        for number in range(options.repeat):
+            if number % 2 == 0:
+                theirs, own = getattr(raw, name)(count), getattr(ours, name)(count)
+            else:
+                own, theirs = getattr(ours, name)(count), getattr(raw, name)(count)
+            turns.append(Turn(theirs, own))
+            print(f"  {name}: {turns[-1]}", file=sys.stderr, flush=True)
+        lines += _rows(words, turns, goal)
     grown = memory_per_task(address, options.tasks)
     lines.append(
-        f"| memory of the client, per finished task that its session keeps | | {grown:.0f} bytes"
+        f"| memory of the client, per finished task that its session keeps | | | {grown:.0f} bytes"
         " | | ≤ 1,536 bytes |"
     )
     if options.peer:
@@ -254,12 +272,32 @@ def _measure(address: str, options: argparse.Namespace) -> list[str]:
             found = [peer(options.peer, count, Path(folder)) for _ in range(options.repeat)]
         ratios = [each["theirs"] / each["raw"] for each in found]
         lines.append(
-            f"| {count:,} short functions, rhapsody-py {found[0]['version']}"
+            f"| {count:,} short functions, rhapsody-py {found[0]['version']} | wall"
             f" | {statistics.median(each['raw'] for each in found):.2f}"
             f" | theirs: {statistics.median(each['theirs'] for each in found):.2f}"
             f" | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) | |"
         )
     return lines
+
+
+class Turn(NamedTuple):
+    raw: Reading
+    ours: Reading
+
+
+def _rows(words: str, turns: list[Turn], goal: str) -> list[str]:
+    """Return the lines of one workload: wall time, and processor time."""
+    rows = []
+    for label, field in (("wall", 0), ("CPU", 1)):
+        pairs = [(turn.raw[field], turn.ours[field]) for turn in turns]
+        ratios = [ours / raw for raw, ours in pairs]
+        rows.append(
+            f"| {words} | {label} | {statistics.median(raw for raw, _ in pairs):.2f}"
+            f" | {statistics.median(ours for _, ours in pairs):.2f}"
+            f" | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+            f" | ≤ {goal} |"
+        )
+    return rows
 
 
 def _heading() -> list[str]:
@@ -271,8 +309,8 @@ def _heading() -> list[str]:
         f"Written by `{words}`: Python {platform.python_version()}, distributed"
         f" {version('distributed')}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the"
         " end. Each turn measures both sides on the same cluster of two workers of one thread, and"
-        " a ratio is that of one turn; a load above the number of cores says that other work ran"
-        " beside it.",
+        " a ratio is that of one turn. CPU is the user and system time of the client, the cluster"
+        " and all children. A load above the number of cores says that other work ran beside it.",
         "",
     ]
 

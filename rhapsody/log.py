@@ -1,10 +1,10 @@
-"""Logging of the package: silent until the author asks for it."""
+"""Logging of the package `rhapsody`: silent until `enable_logging` is called."""
 
 from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import TextIO
 
 __all__ = ["enable_logging"]
 
@@ -16,17 +16,17 @@ _root.addHandler(logging.NullHandler())
 def enable_logging(
     level: int | str | None = None,
     format_string: str = _FORMAT,
-    stream: Any = None,
+    stream: TextIO | None = None,
     force: bool = True,
 ) -> None:
-    """Log what the package does.
+    """Write log messages of this package to a stream.
 
     Args:
-        level: a level of `logging`, number or name in either case; `RHAPSODY_LOG_LEVEL` where
-            None, and INFO where that is not set or empty.
-        format_string: as `logging.Formatter` takes it.
-        stream: where to; standard error where None.
-        force: replace the handler of an earlier call; else the earlier one stays.
+        level: a level of `logging`, its number or its name in either case. None stands for
+            `RHAPSODY_LOG_LEVEL`, or INFO where that is unset or empty.
+        format_string: a format of `logging.Formatter`.
+        stream: None for standard error.
+        force: replace the handler of an earlier call; if False, an earlier one stays.
 
     Raises:
         ValueError: the level is unknown.
@@ -47,18 +47,18 @@ def level_of(given: int | str | None = None) -> int:
     """Return the number of a level, as `enable_logging` takes it.
 
     Raises:
-        ValueError: it is unknown; the message says where it came from.
+        ValueError: it is unknown; the message says whether it came from the environment.
     """
-    where = "the level"
+    source = "the level"
     if given is None:
-        given, where = os.environ.get("RHAPSODY_LOG_LEVEL") or "INFO", "RHAPSODY_LOG_LEVEL"
+        given, source = os.environ.get("RHAPSODY_LOG_LEVEL") or "INFO", "RHAPSODY_LOG_LEVEL"
     found: object = given
     if isinstance(given, str):
         name = given.strip().upper()
         found = int(name) if name.isdecimal() else logging.getLevelName(name)
     if not isinstance(found, int) or isinstance(found, bool):
         raise ValueError(
-            f"{where} must be a number or one of DEBUG, INFO, WARNING, ERROR and CRITICAL,"
+            f"{source} must be a number or one of DEBUG, INFO, WARNING, ERROR and CRITICAL,"
             f" not {given!r}"
         )
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import os
+import textwrap
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 import pytest
 from pytest_timeout import Settings
 
+from commands import HEADER
 from fifos import Fifo
 from shared_memory import mpich_segments, remove_orphans
 
@@ -15,6 +18,24 @@ from shared_memory import mpich_segments, remove_orphans
 TEARDOWN = Settings(
     timeout=120.0, method="thread", func_only=False, disable_debugger_detection=False
 )
+
+#: Modules that `nox -s tests` runs on one Python; the noxfile says why. Folders end with a slash.
+ONE_PYTHON = (
+    "backends/dask_parallel/",
+    "launch/",
+    "runtime/test_mpi",
+    "test_helpers",
+    "test_leaks",
+    "test_load",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what does not depend on the version of Python and takes long."""
+    here = Path(__file__).parent
+    for item in items:
+        if os.path.relpath(item.path, here).startswith(ONE_PYTHON):
+            item.add_marker(pytest.mark.one_python)
 
 
 @pytest.fixture(autouse=True)
@@ -55,3 +76,16 @@ def go(tmp_path: Path) -> Iterator[Fifo]:
     """Where they wait until the test lets them go on."""
     with Fifo(tmp_path / "go") as fifo:
         yield fifo
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Callable[..., Path]:
+    """Write a workflow script: the header, then a body."""
+
+    def write(body: str, name: str = "workflow.py", header: str = HEADER) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(header + textwrap.dedent(body))
+        return path
+
+    return write

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from fifos import PATIENCE, readable
+from proc import GONE, command_line, is_warden, pids
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend
 
@@ -50,13 +51,6 @@ def children_of(pid: int) -> list[int]:
     return found
 
 
-def command_line(pid: int) -> list[bytes]:
-    """The words of a process's command; none of one that has ended."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[:-1]
-    return []
-
-
 def descendants_of(pid: int) -> list[int]:
     """Pids of the processes below one."""
     below = children_of(pid)
@@ -66,12 +60,6 @@ def descendants_of(pid: int) -> list[int]:
 def wardens() -> list[int]:
     """Pids of the wardens of this process."""
     return [pid for pid in children_of(os.getpid()) if is_warden(pid)]
-
-
-def is_warden(pid: int) -> bool:
-    return any(
-        word.endswith((b"local/warden", b"local/warden/__main__.py")) for word in command_line(pid)
-    )
 
 
 def peak_memory(pid: int) -> int:
@@ -117,7 +105,9 @@ async def driver_of(
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    output = {os.readlink(f"/proc/{driver.pid}/fd/{fd}") for fd in (1, 2)}
+    output: set[str] = set()
+    with contextlib.suppress(*GONE):  # it may have ended
+        output = {os.readlink(f"/proc/{driver.pid}/fd/{fd}") for fd in (1, 2)}
     try:
         yield driver
     finally:
@@ -134,6 +124,10 @@ async def driver_of(
         assert not left, f"left behind by the driver, holding its output: {left}"
 
 
+def _open_files(pid: int) -> set[str]:
+    return {os.readlink(fd) for fd in Path(f"/proc/{pid}/fd").iterdir()}
+
+
 def _kill_holders(files: set[str]) -> dict[int, str]:
     """Kill the processes, other than this one, that hold one of these open; return what they were.
 
@@ -141,12 +135,11 @@ def _kill_holders(files: set[str]) -> dict[int, str]:
         files: as /proc/PID/fd names them, `pipe:[4711]`.
     """
     found: dict[int, str] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and (pid := int(entry.name)) != os.getpid():
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                if files & {os.readlink(fd) for fd in (entry / "fd").iterdir()}:
-                    found[pid] = b" ".join(command_line(pid)).decode(errors="replace")
-                    os.kill(pid, signal.SIGKILL)
+    for pid in pids():
+        with contextlib.suppress(*GONE):
+            if pid != os.getpid() and files & _open_files(pid):
+                found[pid] = b" ".join(command_line(pid)).decode(errors="replace")
+                os.kill(pid, signal.SIGKILL)
     return found
 
 

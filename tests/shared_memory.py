@@ -6,14 +6,17 @@ import contextlib
 import os
 from pathlib import Path
 
+from proc import mapped_files, pids
 from processes import descendants_of
 
-_FOLDER = Path("/dev/shm")
+_PREFIX = Path("/dev/shm/mpich_shm_")
 
 
 def mpich_segments() -> set[Path]:
     """Those of this user. Their names are random, and say nothing of who made them."""
-    return {path for path in _FOLDER.glob("mpich_shm_*") if _owner(path) == os.geteuid()}
+    return {
+        path for path in _PREFIX.parent.glob(f"{_PREFIX.name}*") if _owner(path) == os.geteuid()
+    }
 
 
 def remove_orphans(segments: set[Path]) -> None:
@@ -23,7 +26,8 @@ def remove_orphans(segments: set[Path]) -> None:
     """
     if not segments:
         return
-    in_use = _mapped_beside({os.getpid(), *descendants_of(os.getpid())})
+    ours = {os.getpid(), *descendants_of(os.getpid())}
+    in_use = {n for pid in pids() if pid not in ours for n in mapped_files(pid, str(_PREFIX))}
     for segment in segments:
         with contextlib.suppress(FileNotFoundError):
             if segment.stat().st_ino not in in_use:
@@ -35,16 +39,3 @@ def _owner(path: Path) -> int | None:
         return path.stat().st_uid
     except FileNotFoundError:
         return None
-
-
-def _mapped_beside(ours: set[int]) -> set[int]:
-    """Inodes of the segments that other processes than these map."""
-    found: set[int] = set()
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) not in ours:
-            # One that we may not look at is another user's, as its segments are.
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError, PermissionError):
-                for line in (entry / "maps").read_text().splitlines():
-                    if f"{_FOLDER}/mpich_shm_" in line:
-                        found.add(int(line.split()[4]))
-    return found

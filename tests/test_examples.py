@@ -194,7 +194,7 @@ def test_surrogate_finds_the_jump(simulation: ModuleType, surrogate: ModuleType)
         )  # fmt: skip
 
     seen = [observe(t) for t in (0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9)]
-    melting, deviation = surrogate.of(seen, "energy").melting_temperature()
+    melting, deviation = surrogate.fit_quantity(seen, "energy").melting_temperature()
     assert 0.70 < melting < 0.75
     chosen = surrogate.choose_temperatures(4, seen)
     assert len(set(chosen)) == 4
@@ -202,7 +202,7 @@ def test_surrogate_finds_the_jump(simulation: ModuleType, surrogate: ModuleType)
     assert all(0.68 < t < 0.77 for t in chosen)
 
     seen += [observe(t) for t in chosen]
-    closer, smaller = surrogate.of(seen, "energy").melting_temperature()
+    closer, smaller = surrogate.fit_quantity(seen, "energy").melting_temperature()
     assert smaller < deviation / 2
     assert abs(closer - 0.72) < 0.01
     low, high = surrogate.melting_bracket(seen)

@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from simulation import TRIPLE_POINT, Observation
-from surrogate import of
+from surrogate import fit_quantity
 
 _ROUNDS = (("o", "tab:blue", "first round (± 2 s.e.)"), ("D", "tab:red", "chosen by the surrogate"))
 
@@ -48,7 +48,7 @@ def _against_temperature(
     both = [*first, *second]
     temperatures = [o.temperature for o in both]
     line = np.linspace(min(temperatures), max(temperatures), 500)
-    mean, deviation = of(both, name).predict(line)
+    mean, deviation = fit_quantity(both, name).predict(line)
     axes.fill_between(
         line,
         mean - 2 * deviation,

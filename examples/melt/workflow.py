@@ -91,7 +91,7 @@ async def observe(
         analysis = ComputeTask(
             uid=f"analysis-T{temperature:.3f}",
             function=analyse,
-            args=(run, temperature),  # the run's place is taken by what it printed
+            args=(run, temperature),  # replaced by the output of the run
         )
         runs.append(run)
         analyses.append(analysis)
@@ -117,9 +117,9 @@ def describe(o: Observation) -> str:
 
 
 def report(out: Path, first: Sequence[Observation], second: Sequence[Observation]) -> None:
-    """Write results and figure, and say what was found."""
+    """Write results and figure, and print what was found."""
     every = sorted([*first, *second], key=lambda o: o.temperature)
-    melting, deviation = surrogate.of(every, "energy").melting_temperature()
+    melting, deviation = surrogate.fit_quantity(every, "energy").melting_temperature()
     bracket = melting_bracket(every)
     results = {
         "units": "reduced Lennard-Jones",

@@ -1,4 +1,4 @@
-"""Dependencies between tasks: who waits for whom, and what takes a parent's place."""
+"""Dependencies between tasks: which tasks wait for which, and the results that replace parents."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import suppress
 from graphlib import CycleError, TopologicalSorter
 from typing import Any
 
-from rhapsody.runtime.arguments import CONTAINERS, map_elements
+from rhapsody.runtime.arguments import CONTAINERS, elements, map_elements
 from rhapsody.runtime.errors import TaskValidationError
+from rhapsody.runtime.task import BoundInputs
 
 from .task import BaseTask, ComputeTask
 
@@ -16,13 +17,12 @@ __all__ = ["bind", "find_parents", "hold_no_tasks", "parents_first", "parents_of
 
 _ATOMS = frozenset({int, str, float, bool, bytes, complex, type(None)})
 
-# Of these only the open ones: results need not hash, and two of them may be equal, so that a set of
-# them may be none, or smaller; and how a class of its own is made, is not known.
+# Results replace tasks only in CONTAINERS: in a set they may not hash, or collapse where equal.
 _CONTAINERS = (*CONTAINERS, set, frozenset)
 
 
 def hold_no_tasks(values: Iterable[Any]) -> bool:
-    """Whether it is plain at first sight that no task is among some arguments."""
+    """Whether the types of some arguments exclude that a task is among them."""
     return _ATOMS.issuperset(map(type, values))
 
 
@@ -32,27 +32,30 @@ def parents_of(task: BaseTask) -> list[BaseTask]:
     Arguments are searched at the top, and one level into lists, tuples and dicts.
 
     Raises:
-        TaskValidationError: a task stands where no result can take its place.
+        TaskValidationError: a task is in a container in which no result can replace it.
     """
     parents = list(task.after)
     if isinstance(task, ComputeTask):
         for value in (*task.args, *task._kwargs.values(), *task.get("arguments")):
-            if isinstance(value, BaseTask):
-                parents.append(value)
-            elif isinstance(value, _CONTAINERS):
-                inside = value.values() if isinstance(value, dict) else value
-                found = [inner for inner in inside if isinstance(inner, BaseTask)]
-                if found and type(value) not in CONTAINERS:
-                    raise TaskValidationError(
-                        f"task '{task.uid}': task '{found[0].uid}' is in a {type(value).__name__},"
-                        " where its result cannot take its place; use a list, tuple or dict"
-                    )
-                parents += found
+            _check_container(task, value)
+            parents += [inner for inner in elements(value) if isinstance(inner, BaseTask)]
     return parents
 
 
+def _check_container(task: BaseTask, value: Any) -> None:
+    """Raise for an argument in which a task is where its result cannot replace it."""
+    if not isinstance(value, _CONTAINERS) or type(value) in CONTAINERS:
+        return
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, BaseTask):
+            raise TaskValidationError(
+                f"task '{task.uid}': task '{inner.uid}' is in a {type(value).__name__},"
+                " where its result cannot replace it; use a list, tuple or dict"
+            )
+
+
 def find_parents(task: BaseTask, known: Mapping[str, BaseTask]) -> None:
-    """Put the tasks of plain dicts in the places of the dicts in `after`.
+    """Replace plain dicts in `after` by the tasks that were made from them.
 
     Raises:
         TaskValidationError: a dict was not submitted.
@@ -77,53 +80,64 @@ def find_parents(task: BaseTask, known: Mapping[str, BaseTask]) -> None:
 
 
 def bind(task: BaseTask) -> None:
-    """Keep the arguments for the backend with the results of DONE parents in the parents' places.
+    """Keep the arguments for the backend, with the results of ended parents in place of these.
 
     The author's own arguments stay as they are.
+
+    Raises:
+        TaskValidationError: as `parents_of`; the author may have changed the arguments meanwhile.
     """
+
+    def bound(value: Any) -> Any:
+        _check_container(task, value)
+        return map_elements(value, _result)
+
     if isinstance(task, ComputeTask):
-        task._bound = {
-            "args": tuple(map_elements(value, _result) for value in task.args),
-            "kwargs": {name: map_elements(value, _result) for name, value in task._kwargs.items()},
-            "arguments": [map_elements(value, _result) for value in task.get("arguments")],
-        }
+        task._bound = BoundInputs(
+            args=tuple(map(bound, task.args)),
+            kwargs={name: bound(value) for name, value in task._kwargs.items()},
+            arguments=list(map(bound, task.get("arguments"))),
+        )
 
 
 def _result(value: Any) -> Any:
-    # A parent that still runs stays in its place, for an engine that knows dependencies itself.
+    # A parent that still runs is left, for an engine that knows dependencies itself.
     return value.result() if isinstance(value, BaseTask) and value.done() else value
 
 
-def parents_first(tasks: Sequence[BaseTask]) -> tuple[list[BaseTask], dict[str, str]]:
-    """Return tasks in an order in which parents stand before their children.
+def parents_first(
+    parents: Mapping[BaseTask, Sequence[BaseTask]],
+) -> tuple[list[BaseTask], dict[str, str]]:
+    """Order tasks, given with their parents, so that parents come before their children.
 
-    Those behind a cycle come last. Tasks in a cycle are left out, and returned by uid with the
-    cycle in words.
+    Tasks that wait for a cycle come last. Those in a cycle are left out, and returned by uid with a
+    description of the cycle.
     """
-    places = {task.uid: place for place, task in enumerate(tasks)}
-    graph: dict[str, list[str]] = {}
-    sorted_already = True
-    for place, task in enumerate(tasks):
-        graph[task.uid] = above = [p.uid for p in parents_of(task) if p.uid in places]
-        sorted_already = sorted_already and all(places[uid] < place for uid in above)
-    if sorted_already:
-        return list(tasks), {}
+    tasks = {task.uid: task for task in parents}
+    graph = {
+        task.uid: [parent.uid for parent in above if parent.uid in tasks]
+        for task, above in parents.items()
+    }
+    places = {uid: place for place, uid in enumerate(graph)}
+    if all(places[parent] < places[uid] for uid, above in graph.items() for parent in above):
+        return list(parents), {}
     sorter = TopologicalSorter(graph)
-    with suppress(CycleError):  # what is in no cycle, and behind none, is still to be had
+    with suppress(CycleError):  # tasks outside cycles, and not behind one, are ordered all the same
         sorter.prepare()
     order: list[str] = []
     while ready := sorter.get_ready():
         order += ready
         sorter.done(*ready)
     behind, cycles = _stuck(graph, set(order)) if len(order) < len(graph) else ([], {})
-    return [tasks[places[uid]] for uid in (*order, *behind)], cycles
+    return [tasks[uid] for uid in (*order, *behind)], cycles
 
 
 def _stuck(graph: Mapping[str, list[str]], free: set[str]) -> tuple[list[str], dict[str, str]]:
-    """Return those behind cycles, nearest first, and those in cycles with the cycle in words.
+    """Return the tasks that wait for cycles, nearest first, and a description of each's cycle.
 
-    Each that is not free has a parent that is not, so that a walk upwards ends in a cycle. One
-    walk from each, only where none has been before: linear in their number.
+    `free` are those that wait for none. Each other one has a parent that is not free either, so
+    that a walk from child to parent ends in a cycle. One walk from each, as far as no walk has been
+    before: linear in their number.
     """
     behind: list[str] = []
     cycles: dict[str, str] = {}

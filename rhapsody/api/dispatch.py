@@ -1,21 +1,31 @@
-"""Handing tasks over to their backends: in order, and none held up by another."""
+"""Hands tasks to their backends, in the order of their submits; no backend holds up another."""
 
 from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any, Protocol
 
 from rhapsody.backends.base import BaseExecutionBackend
+from rhapsody.backends.constants import CANCELED, FAILED, BackendMainStates
 from rhapsody.runtime.errors import BackendError, RhapsodyError
 from rhapsody.runtime.text import describe_error
 
 from .task import BaseTask
 
-if TYPE_CHECKING:
-    from .task_manager import TaskManager
+__all__ = ["Dispatcher", "Groups"]
 
-__all__ = ["Dispatcher"]
+#: tasks by the backend that runs them
+Groups = dict[BaseExecutionBackend, list[BaseTask]]
+
+
+class Finish(Protocol):
+    """Ends those of some tasks that have not ended yet."""
+
+    def __call__(
+        self, tasks: Iterable[BaseTask], state: str, error: BaseException | None = None
+    ) -> None: ...
 
 
 class _Queue:
@@ -25,92 +35,126 @@ class _Queue:
 
     def __init__(self) -> None:
         self.lock = asyncio.Lock()
-        self.pending = 0  # errands that are before it, or in it
+        self.pending = 0  # submissions that wait for the lock, or have it
 
 
 class Dispatcher:
-    """The dispatcher of the backends of a session."""
+    """Hands the tasks of a session to its backends.
 
-    def __init__(self, flow: TaskManager) -> None:
-        self._manager = flow
-        self._queues: defaultdict[str, _Queue] = defaultdict(_Queue)
+    Args:
+        attach: makes the session the listener of a backend; may raise BackendError.
+        finish: ends tasks that could not be handed over.
+        spawn: runs a coroutine in the background.
+    """
+
+    def __init__(
+        self,
+        attach: Callable[[BaseExecutionBackend], None],
+        finish: Finish,
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self._attach = attach
+        self._finish = finish
+        self._spawn = spawn
+        self._queues: defaultdict[BaseExecutionBackend, _Queue] = defaultdict(_Queue)
 
     async def dispatch(
-        self, groups: dict[str, list[BaseTask]], under_way: list[asyncio.Task[None]]
+        self,
+        groups: Groups,
+        submissions: list[asyncio.Task[None]],
+        *,
+        recheck: bool = False,
     ) -> None:
-        """Give each backend its tasks; where it takes none of them, they FAILED for its reason.
+        """Hand each backend its tasks; what it does not take FAILED with its error.
 
-        None waits for another. What a backend that is not up yet shall have goes to `under_way`,
-        with all that is not waited for here; where that is canceled, the tasks are CANCELED.
+        Waits for the backends that are running; the others are started in the background. All that
+        happens in the background is added to `submissions`: where one of them is canceled, its
+        tasks are CANCELED. `recheck`: the tasks were not checked just now.
         """
-        work = [(self._manager.backends[name], group) for name, group in groups.items() if group]
+        work = [(backend, group) for backend, group in groups.items() if group]
         if len(work) == 1:
             ((backend, group),) = work
-            queue = self._queues[backend.name]
-            if backend.state() == "RUNNING" and not queue.pending and not queue.lock.locked():
+            queue = self._queues[backend]
+            if _runs(backend) and not queue.pending and not queue.lock.locked():
                 async with queue.lock:
-                    await self._submit_to(backend, group)
+                    await self._submit(backend, group, recheck)
                 return
-        errands = [(backend, self._submission(backend, group)) for backend, group in work]
-        under_way += [submission for _, submission in errands]
-        soon = [submission for backend, submission in errands if backend.state() == "RUNNING"]
-        if soon:
+        later = [(backend, self._submit_later(backend, group, recheck)) for backend, group in work]
+        submissions += [submission for _, submission in later]
+        if soon := [submission for backend, submission in later if _runs(backend)]:
             await asyncio.wait(soon)
 
-    def _submission(
-        self, backend: BaseExecutionBackend, group: list[BaseTask]
+    async def cancel(self, submissions: list[asyncio.Task[None]]) -> None:
+        """Stop submissions; the tasks that were not handed over by then are CANCELED."""
+        for submission in submissions:
+            submission.cancel()
+        if submissions:
+            await asyncio.wait(submissions)
+
+    def _submit_later(
+        self, backend: BaseExecutionBackend, group: list[BaseTask], recheck: bool
     ) -> asyncio.Task[None]:
-        """Give a backend its tasks in the background."""
-        queue = self._queues[backend.name]
+        """Hand tasks to a backend in the background, after those that came before."""
+        queue = self._queues[backend]
 
-        async def go() -> None:
+        async def submit() -> None:
             async with queue.lock:
-                await self._submit_to(backend, group, waited=True)
+                await self._submit(backend, group, recheck, waited=True)
 
-        def back(submission: asyncio.Task[None]) -> None:
+        def done(submission: asyncio.Task[None]) -> None:
             queue.pending -= 1
-            if submission.cancelled():  # before it was its turn
-                self._cancel_left(group)
+            if submission.cancelled():  # perhaps before it had the lock
+                self._finish(group, CANCELED)
 
         queue.pending += 1
-        submission = self._manager.spawn(go())
-        submission.add_done_callback(back)
+        submission = self._spawn(submit())
+        submission.add_done_callback(done)
         return submission
 
-    def _cancel_left(self, group: list[BaseTask]) -> None:
-        self._manager.settle([(task, "CANCELED", None) for task in group if not task.done()])
-
-    async def take_back(self, under_way: list[asyncio.Task[None]]) -> None:
-        """Hand over no more of what is under way; its tasks are CANCELED."""
-        for submission in under_way:
-            submission.cancel()
-        if under_way:
-            await asyncio.wait(under_way)
-
-    async def _submit_to(
-        self, backend: BaseExecutionBackend, group: list[BaseTask], *, waited: bool = False
+    async def _submit(
+        self,
+        backend: BaseExecutionBackend,
+        group: list[BaseTask],
+        recheck: bool,
+        *,
+        waited: bool = False,
     ) -> None:
         try:
             if waited:
-                if backend.state() != "RUNNING":
+                if not _runs(backend):
                     await backend
+                    recheck = True  # some engines know only now what they have
                 group = [task for task in group if not task.done()]  # canceled meanwhile
-                if not group:
-                    return
-            # Another session may have had it in between.
-            backend.attach(self._manager.owner, self._manager.settle, self._manager.folder)
-            await backend.submit_tasks(group)
+            if recheck:
+                group = [task for task in group if self._accepts(backend, task)]
+            if group:
+                self._attach(backend)  # another session may have used it in between
+                await backend.submit_checked(group)
         except Exception as error:
-            cause = error
-            if not isinstance(error, RhapsodyError):
-                cause = BackendError(
-                    f"backend '{backend.name}' failed: {describe_error(error)}",
-                    backend=backend.name,
-                )
-                cause.__cause__ = error
-            self._manager.settle(
-                [(task, "FAILED", {"exception": cause}) for task in group if not task.done()]
-            )
-        except BaseException:  # canceled, or what no engine should raise: nobody else will end them
-            self._cancel_left(group)
+            self._finish(group, FAILED, _as_backend_error(error, backend))
+        except BaseException:  # canceled, or what no engine should raise: nothing else ends them
+            self._finish(group, CANCELED)
             raise
+
+    def _accepts(self, backend: BaseExecutionBackend, task: BaseTask) -> bool:
+        """Whether a backend can run a task; one that it cannot run FAILED with its error."""
+        try:
+            backend.check(task)
+        except Exception as error:  # a third party's check may raise anything
+            self._finish((task,), FAILED, _as_backend_error(error, backend))
+            return False
+        return True
+
+
+def _runs(backend: BaseExecutionBackend) -> bool:
+    return backend.state() == BackendMainStates.RUNNING
+
+
+def _as_backend_error(error: Exception, backend: BaseExecutionBackend) -> RhapsodyError:
+    if isinstance(error, RhapsodyError):
+        return error
+    wrapper = BackendError(
+        f"backend '{backend.name}' failed: {describe_error(error)}", backend=backend.name
+    )
+    wrapper.__cause__ = error
+    return wrapper

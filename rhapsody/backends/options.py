@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rhapsody.runtime.arguments import Task, kind_of
 from rhapsody.runtime.errors import TaskValidationError
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import describe_value, environment_fault
 
 __all__ = [

@@ -1,6 +1,6 @@
-"""The command ``rhapsody``: run or launch a workflow, list the backends, examine the machine.
+"""The command ``rhapsody``: its subcommands, their options and exit codes.
 
-Each command's work is in a module of its own and is imported when the command runs.
+The work of each is in a module of its own, which is imported when the subcommand runs.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import json
 import math
 import os
 import sys
-from typing import Any
 
 import click
 
@@ -19,23 +18,23 @@ LOG_LEVELS = click.Choice(["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], cas
 
 EXIT_CODES = """\b
 Exit code:
-  0    the script came to its end (tasks that failed are in the summary;
-       what they mean is the script's to say)
+  0    the script ended without an exception; tasks that failed are in
+       the summary, and the script decides whether they are an error
   n    the script called sys.exit(n)
   1    an uncaught exception, or a script that does not compile
-  2    a wrong use of this command, such as a missing SCRIPT
+  2    wrong usage of this command, such as a missing SCRIPT
   130  Ctrl-C
 """
 
 LAUNCH_EXIT_CODES = """\b
 Exit code:
   n    the workflow's own; 128 + n where signal n ended it
-  2    a wrong use of this command, or a machine that has not what it needs
+  2    wrong usage of this command, or something that it needs is missing
   130  Ctrl-C; 143 SIGTERM; 129 SIGHUP
-  1    several nodes, and how the workflow ended is not known
+  1    on several nodes, also where the workflow's exit code is not known
 """
 
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -45,11 +44,13 @@ def main() -> None:
 
 
 @main.command("run", context_settings={"allow_interspersed_args": False}, epilog=EXIT_CODES)
-@click.option("--log-level", type=LOG_LEVELS, help="What to log, on stderr. [RHAPSODY_LOG_LEVEL]")
+@click.option(
+    "--log-level", type=LOG_LEVELS, help="Least level to log on stderr. [RHAPSODY_LOG_LEVEL]"
+)
 @click.option(
     "--work-dir",
     type=click.Path(file_okay=False, resolve_path=True),
-    help="Where sessions write; made if missing. [RHAPSODY_WORK_DIR]",
+    help="Folder where sessions write; made if missing. [RHAPSODY_WORK_DIR]",
 )
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -59,7 +60,7 @@ def run_command(
     """Run the workflow SCRIPT, unchanged, with its ARGUMENTS.
 
     On a terminal a line per backend shows the progress; at the end a summary is printed. Both
-    go to stderr: stdout is the script's own.
+    go to stderr, so that stdout has the script's output alone.
     """
     from rhapsody.log import level_of
 
@@ -83,23 +84,24 @@ def run_command(
 @main.command(
     "launch", context_settings={"allow_interspersed_args": False}, epilog=LAUNCH_EXIT_CODES
 )
-@click.option("--dragon", is_flag=True, help="Under Dragon's runtime.")
+@click.option("--dragon", is_flag=True, help="Use Dragon's launcher and runtime.")
 @click.option(
     "--nodes",
     type=click.IntRange(1),
-    help="How many nodes; by default all of the allocation or of --hosts, else this machine.",
+    help="How many nodes. Default: all of the allocation or of --hosts, else this machine.",
 )
 @click.option("--hosts", help="Nodes to reach by ssh, as a,b,c, where there is no allocation.")
 @click.option(
     "--image",
     type=click.Path(exists=True),
-    help="Inside this Apptainer image, which has rhapsody and Dragon; this machine need not.",
+    help="Run in this Apptainer image, which has RHAPSODY and Dragon; the host needs no Dragon.",
 )
-@click.option("--outside", hidden=True)
+# Its word stays as it is: the image may have another release.
+@click.option("--outside", "host_socket", hidden=True)
 @click.option(
     "--small-machine",
     is_flag=True,
-    help="Mend what makes Dragon 0.15 take all of a machine with few cores while it waits.",
+    help="For few cores: patch Dragon 0.15 to sleep where it would spin while it waits.",
 )
 @click.argument("script", type=click.Path(exists=True, dir_okay=False))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -111,32 +113,32 @@ def launch_command(
     hosts: str | None,
     small_machine: bool,
     image: str | None,
-    outside: str | None,
+    host_socket: str | None,
 ) -> None:
-    """Run the workflow SCRIPT with its ARGUMENTS under a launcher, on one node or several.
+    """Run the workflow SCRIPT under a launcher, on one node or several.
 
-    The launcher is watched. Ctrl-C and SIGTERM let the workflow close its sessions (15 s) and then
-    the runtime (10 s); a second one ends all at once. Nothing that was started stays behind.
+    The launcher is supervised. On Ctrl-C or SIGTERM the workflow has 15 s to close its sessions,
+    then the runtime has 10 s to end; a second signal kills both. No process is left behind.
     """
     from .launch import launch
 
-    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine, image, outside))
+    sys.exit(launch(script, arguments, dragon, nodes, hosts, small_machine, image, host_socket))
 
 
 @main.command("backends")
 @as_json
 def backends_command(as_json: bool) -> None:
-    """List the backends: what is installed, what is missing, the line that installs it."""
+    """List the backends, and how to install those that are missing."""
     from rhapsody.backends.discovery import discover_backends, install_hint
 
-    from .reports import print_backends
+    from .reports import BackendRow, print_backends
 
     rows = [
-        {"name": name, "installed": installed, "install": None if installed else install_hint(name)}
+        BackendRow(name, installed, None if installed else install_hint(name))
         for name, installed in discover_backends().items()
     ]
     if as_json:
-        _print_json(rows)
+        _print_json([row._asdict() for row in rows])
     else:
         print_backends(rows)
 
@@ -144,7 +146,7 @@ def backends_command(as_json: bool) -> None:
 @main.command("doctor")
 @as_json
 def doctor_command(as_json: bool) -> None:
-    """Examine this machine; the exit code is 1 if there is a problem."""
+    """Examine this machine; exit with code 1 if there is a problem."""
     from .doctor import examine, report
     from .reports import print_findings
 
@@ -156,8 +158,8 @@ def doctor_command(as_json: bool) -> None:
     sys.exit(1 if any(finding.status == "problem" for finding in findings) else 0)
 
 
-def _a_number(context: click.Context, parameter: click.Parameter, value: float) -> float:
-    if math.isnan(value):  # which is in any range
+def _reject_nan(context: click.Context, parameter: click.Parameter, value: float) -> float:
+    if math.isnan(value):  # click finds it in any range
         raise click.BadParameter("nan is not a number.")
     return value
 
@@ -166,19 +168,19 @@ def _a_number(context: click.Context, parameter: click.Parameter, value: float) 
 @click.option("--repeat", type=click.IntRange(1), default=5, show_default=True, help="Repetitions.")
 @click.option(
     "--scale",
-    type=click.FloatRange(0.0, 1000.0, min_open=True),  # above, no memory holds the tasks
-    callback=_a_number,
+    type=click.FloatRange(0.0, 1000.0, min_open=True),  # above, memory does not hold the tasks
+    callback=_reject_nan,
     default=1.0,
     show_default=True,
     help="Multiplies the number of tasks.",
 )
 @as_json
 def bench_command(repeat: int, scale: float, as_json: bool) -> None:
-    """Measure this installation against the raw Python that it stands on."""
+    """Measure the cost of tasks here beside that of plain Python."""
     from .bench import WORKLOADS, measure
-    from .reports import print_measurements, shown_progress
+    from .reports import print_measurements, progress_bar
 
-    with shown_progress(len(WORKLOADS)) as advance:
+    with progress_bar(len(WORKLOADS)) as advance:
         measured = []
         for workload in WORKLOADS:
             measured.append(measure(workload, repeat=repeat, scale=scale))
@@ -189,5 +191,5 @@ def bench_command(repeat: int, scale: float, as_json: bool) -> None:
         print_measurements(measured)
 
 
-def _print_json(value: Any) -> None:
+def _print_json(value: object) -> None:
     click.echo(json.dumps(value, indent=2))

@@ -1,9 +1,9 @@
-"""``rhapsody bench``: this installation against the raw Python that it stands on.
+"""``rhapsody bench``: times this installation and, beside it, the same work in plain Python.
 
 A workload is a pair of callables: ``ours`` and ``raw`` run the same number of tasks and return
 the seconds that this took, without starting and stopping pools. Both sides are measured in one
-process, interleaved, so that a machine that is busy for a while disturbs both alike. The
-repository's ``benchmarks/`` measures more, with memory and beside peers.
+process, in turn, so that a busy machine disturbs both alike. The repository's ``benchmarks/``
+measures more, with memory and beside other libraries.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from rhapsody.api import ComputeTask, Session
 from rhapsody.backends import ConcurrentExecutionBackend, NoopExecutionBackend
 from rhapsody.backends.base import BaseExecutionBackend
 from rhapsody.runtime.machine.hardware import granted_cores
 
-BURST = 1024  # tasks that the bare floor settles in one turn of the event loop
+BURST = 1024  # tasks that `floor` settles in one iteration of the event loop
 WARM_UP = 64  # tasks before the clock starts, on either side
 
 
@@ -55,8 +54,8 @@ class Measurement:
         """The median of the ratios."""
         return statistics.median(self.ratios)
 
-    def as_dict(self) -> dict[str, Any]:
-        """What ``--json`` prints."""
+    def as_dict(self) -> dict[str, object]:
+        """The measurement as ``--json`` prints it."""
         return {
             "workload": self.workload.name,
             "title": self.workload.title,
@@ -82,11 +81,11 @@ def measure(workload: Workload, *, repeat: int = 5, scale: float = 1.0) -> Measu
         for side, seconds in sides if repetition % 2 == 0 else reversed(sides):
             gc.collect()
             seconds.append(side(tasks))
-    ratios = sorted(mine / theirs for mine, theirs in zip(ours, raw, strict=True))
+    ratios = sorted(our / their for our, their in zip(ours, raw, strict=True))
     return Measurement(workload, tasks, statistics.median(ours), statistics.median(raw), ratios)
 
 
-# --- no-op round trips: what the session itself costs -----------------------------------------
+# --- no-ops: what the session itself costs -----------------------------------------------------
 
 
 class _Record:
@@ -98,12 +97,12 @@ class _Record:
         self.uid = uid
         self.state = "NEW"
         self.function = _nothing
-        self.result: Any = None
+        self.result: object = None
         self.future = future
 
 
 def floor(tasks: int) -> float:
-    """The least that asyncio can do: per task an object and a future, settled, then gathered."""
+    """A lower bound with asyncio: an object and a future per task, settled and then gathered."""
     return asyncio.run(_floor(tasks))
 
 
@@ -138,7 +137,7 @@ async def _session(
     gather: bool,
 ) -> float:
     async with Session(backends=[await backend]) as session:
-        # Workers of the pools start with their first tasks, on both sides before the clock does.
+        # Pools start their workers with their first tasks; on both sides that is not timed.
         await session.wait_tasks(await _submitted(session, make(WARM_UP)))
         start = time.perf_counter()
         tasks = make(number)

@@ -1,7 +1,8 @@
-"""``rhapsody doctor``: what this machine grants, what is wrong with it, and what to do about it.
+"""`rhapsody doctor`: what this machine grants, what is wrong with it, and what to do about it.
 
-Each check is a function that returns one :class:`Finding`. A *problem* is something that will
-make tasks fail or crawl; a *note* is something optional that is missing. No engine is imported.
+Each check is a function that returns one `Finding`. A *problem* will make tasks fail or crawl; a
+*note* is something optional that is missing. No engine is imported, except Dragon in a process
+that Dragon has started.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rhapsody.backends.descriptors import BUILT_IN
-from rhapsody.launch.dragon.command import check_shared_memory as check_dragons_memory
 from rhapsody.launch.dragon.pmix import can_load_pmix, find_pmix, pmix_of_openmpi
 from rhapsody.launch.dragon.shared_memory import SHARED_MEMORY, free_bytes
+from rhapsody.launch.dragon.shared_memory import check_shared_memory as check_dragons_memory
 from rhapsody.runtime.errors import ResourceError
 from rhapsody.runtime.machine import hardware
 
@@ -35,18 +36,18 @@ MIB = 1 << 20
 # Docker gives a container 64 MiB, in which the engines that share memory between processes
 # (Dragon's pools, the tensors of a model server) do not start; 1 GiB is what small runs need.
 SHARED_MEMORY_WANTED = GIB
-# Three pipes and the guard of each running executable, sockets, libraries: the usual soft limit
-# of a login shell is enough for small nodes; a node with many cores needs more.
+# The usual soft limit of a login shell is enough for small nodes; one with many cores needs more,
+# for the pipes of each running executable, sockets and libraries.
 OPEN_FILES_WANTED = 1024
 OPEN_FILES_PER_CORE = 16
-DRAGON_SECONDS = 20.0  # for Dragon to say which nodes it has; it takes 10 ms
-_DRAGON_PROCESS = "DRAGON_MY_PUID"  # set by Dragon in all that it starts
+DRAGON_SECONDS = 20.0  # for Dragon to list its nodes, which takes 10 ms on one node
+_DRAGON_PROCESS = "DRAGON_MY_PUID"  # set by Dragon in every process that it starts
 DISK_WANTED = 100 * MIB
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check saw."""
+    """The result of one check; `data` is for `--json`."""
 
     check: str
     status: Literal["ok", "note", "problem"]
@@ -74,12 +75,12 @@ SCHEDULERS = (
 
 
 def examine() -> list[Finding]:
-    """Every check on this machine, in the order of the report."""
+    """Run every check on this machine, in the order of the report."""
     return [check() for check in CHECKS]
 
 
 def report(findings: list[Finding]) -> dict[str, Any]:
-    """The findings as ``--json`` prints them."""
+    """Return the findings as `--json` prints them."""
     return {
         "findings": [asdict(finding) for finding in findings],
         "problems": sum(finding.status == "problem" for finding in findings),
@@ -87,7 +88,7 @@ def report(findings: list[Finding]) -> dict[str, Any]:
 
 
 def check_python() -> Finding:
-    """Which Python runs which RHAPSODY."""
+    """Report the versions of RHAPSODY and Python."""
     version = importlib.metadata.version("rhapsody-py")
     python = f"{platform.python_implementation()} {platform.python_version()}"
     found = f"rhapsody {version}, {python} at {sys.executable}, {platform.platform()}"
@@ -95,7 +96,7 @@ def check_python() -> Finding:
 
 
 def check_cores(environ: Mapping[str, str] = os.environ, root: str = "/") -> Finding:
-    """How many cores are granted, and by whom."""
+    """Report how many cores are granted, and which limit decides that."""
     granted = hardware.granted_cores(root=root, environ=environ)
     limits = hardware.core_limits(root=root, environ=environ)
     smallest = min(limits.values())
@@ -121,7 +122,7 @@ def check_cores(environ: Mapping[str, str] = os.environ, root: str = "/") -> Fin
 
 
 def check_gpus(environ: Mapping[str, str] = os.environ, root: str = "/") -> Finding:
-    """Which GPUs tasks can be given."""
+    """Report the GPUs that tasks can be given."""
     gpus = hardware.visible_gpus(root=root, environ=environ)
     present = hardware.visible_gpus(root=root, environ={})
     data = {"visible": list(gpus), "present": len(present)}
@@ -139,13 +140,13 @@ def check_gpus(environ: Mapping[str, str] = os.environ, root: str = "/") -> Find
 
 
 def check_memory() -> Finding:
-    """How much memory the control group or the machine grants."""
+    """Report how much memory the control group or the machine grants."""
     total = hardware.total_memory()
     return Finding("memory", "ok", _size(total), data={"bytes": total})
 
 
 def check_shared_memory(path: str | Path = "/dev/shm") -> Finding:  # noqa: S108 - only read
-    """Whether engines that share memory between processes will start."""
+    """Check that there is enough for engines that share memory between processes."""
     found = hardware.shared_memory(path)
     remedy = (
         "in Docker: `--shm-size=8g` or `--ipc=host`; in Apptainer: `--bind /dev/shm`; "
@@ -165,7 +166,7 @@ def check_shared_memory(path: str | Path = "/dev/shm") -> Finding:  # noqa: S108
 
 
 def check_open_files() -> Finding:
-    """Whether there are file descriptors for as many executables as there are cores."""
+    """Check that the limit of open files allows an executable per core."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = max(OPEN_FILES_WANTED, OPEN_FILES_PER_CORE * len(hardware.granted_cores()))
     data = {"soft": soft, "hard": hard, "wanted": wanted}
@@ -182,7 +183,7 @@ def check_open_files() -> Finding:
 
 
 def check_scheduler(environ: Mapping[str, str] = os.environ) -> Finding:
-    """Which batch system this is, whether we are in a job, and whether its launcher is here."""
+    """Report the batch system and the job, and check that the job's launcher is here."""
     path = environ.get("PATH", os.defpath)
     for scheduler in SCHEDULERS:
         job = environ.get(scheduler.job_variable, "")
@@ -196,7 +197,7 @@ def check_scheduler(environ: Mapping[str, str] = os.environ) -> Finding:
             "scheduler",
             "problem",
             f"{scheduler.name}, in job {job}, but `{scheduler.launcher}` is not on PATH: "
-            "tasks can not reach the job's other nodes",
+            "tasks cannot reach the job's other nodes",
             f"load the module of {scheduler.name}; in a container, bind its commands and "
             f"configuration from the host; outside of a job, unset {scheduler.job_variable}",
             data,
@@ -209,7 +210,7 @@ def check_scheduler(environ: Mapping[str, str] = os.environ) -> Finding:
 
 
 def check_ports() -> Finding:
-    """Whether a loopback port can be bound and reached, which most engines need."""
+    """Check that a loopback port can be bound and reached, which most engines need."""
     remedy = "bring the loopback interface up (`ip link set lo up`), or let the firewall pass it"
     try:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -221,7 +222,7 @@ def check_ports() -> Finding:
 
 
 def check_mpi(environ: Mapping[str, str] = os.environ) -> Finding:
-    """Which ``mpiexec`` tasks of several ranks would be started with."""
+    """Report the `mpiexec` that starts tasks of several ranks, and check that it runs."""
     path = hardware.find_mpiexec(environ.get("PATH", os.defpath))
     if path is None:
         remedy = (
@@ -254,8 +255,8 @@ def check_mpi(environ: Mapping[str, str] = os.environ) -> Finding:
 
 
 def mpi_flavour(version: str) -> str:
-    """The MPI implementation that speaks like this when asked for its version."""
-    # Intel's and MVAPICH's are built from MPICH's Hydra and name it too: they are asked first.
+    """Return which MPI implementation prints this for `mpiexec --version`."""
+    # Intel MPI and MVAPICH contain MPICH's Hydra and name it too, so they come before it.
     signs = (
         ("Intel(R) MPI", "Intel MPI"),
         ("MVAPICH", "MVAPICH"),
@@ -288,7 +289,7 @@ def check_engines() -> Finding:
 
 
 def check_dragon(environ: Mapping[str, str] = os.environ) -> Finding:
-    """What the Dragon runtime has that this program is part of; else what one would find here."""
+    """Report the Dragon runtime that runs this program; else check what a new one would need."""
     try:
         version = importlib.metadata.version("dragonhpc")
     except importlib.metadata.PackageNotFoundError:
@@ -314,7 +315,7 @@ def check_dragon(environ: Mapping[str, str] = os.environ) -> Finding:
 
 
 def _inside_dragon(version: str, data: dict[str, Any]) -> Finding:
-    """The topology, unless Dragon keeps it to itself: what of it blocks is given up."""
+    """Report the nodes of the runtime; a call of Dragon's that blocks is abandoned."""
     answer: queue.SimpleQueue[dict[str, dict[str, Any]] | Exception] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -322,7 +323,7 @@ def _inside_dragon(version: str, data: dict[str, Any]) -> Finding:
             from rhapsody.backends.execution.dragon import topology
 
             answer.put(topology.topology())
-        except Exception as error:  # Dragon's own, of any class; it is told
+        except Exception as error:  # Dragon's, of any class; the finding says it
             answer.put(error)
 
     threading.Thread(target=ask, daemon=True, name="doctor-dragon").start()
@@ -348,7 +349,7 @@ def _inside_dragon(version: str, data: dict[str, Any]) -> Finding:
 
 
 def check_work_dir(environ: Mapping[str, str] = os.environ) -> Finding:
-    """Whether sessions can write where they will."""
+    """Check that sessions can write to their work dir."""
     folder = Path(environ.get("RHAPSODY_WORK_DIR") or os.curdir).absolute()
     remedy = "set RHAPSODY_WORK_DIR to a folder that can be written, on every node alike"
     parent = next(at for at in (folder, *folder.parents) if at.exists())
@@ -357,7 +358,7 @@ def check_work_dir(environ: Mapping[str, str] = os.environ) -> Finding:
             file.write(b"rhapsody")
         free = shutil.disk_usage(parent).free
     except OSError as error:
-        return Finding("work dir", "problem", f"{folder} can not be written: {error}", remedy)
+        return Finding("work dir", "problem", f"{folder} cannot be written: {error}", remedy)
     data = {"path": str(folder), "free": free}
     if free < DISK_WANTED:
         return Finding("work dir", "problem", f"{folder} has {_size(free)} left", remedy, data)
@@ -389,7 +390,7 @@ def _limit(value: int) -> str:
 
 
 def _ranges(ids: tuple[int, ...]) -> str:
-    """``0-3,8`` for ``(0, 1, 2, 3, 8)``, as ``taskset -c`` writes it."""
+    """Return `0-3,8` for `(0, 1, 2, 3, 8)`, as `taskset -c` writes it."""
     parts: list[tuple[int, int]] = []
     for core in ids:
         if parts and parts[-1][1] == core - 1:

@@ -1,8 +1,8 @@
 """A block of lines that stays below everything that a script prints on the terminal.
 
-Rich's own live display takes over what the script prints (it goes to one stream, re-wrapped),
-and in a forked child of the script it would deadlock or draw. Here the script's text passes
-through untouched, to its own stream, and a child writes straight to the terminal.
+Rich's own live display redirects what the script prints to one stream and wraps its lines, and in a
+forked child of the script it would deadlock, or draw too. Here the script's text goes unchanged to
+its own stream, and a child writes directly to the terminal.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ from collections.abc import Callable, Iterable
 from typing import Any, TextIO
 
 REFRESH_SECONDS = 0.25
-# After a printed line the block comes back at once, but not after each of thousands.
+# The least time between two redraws after printed lines, of which there may be thousands.
 REDRAW_SECONDS = 0.05
 
 _CLEAR_BELOW = "\x1b[J"
 
-# Every stream that was wrapped, for good: a `print` on another thread holds no reference to the one
+# Wrappers of streams, kept for ever: a `print` on another thread holds no reference to the stream
 # that it writes to, and would crash without it (CPython before 3.13.3, its issue 130163).
 _kept: list[TextIO] = []
 
 
 class LiveBlock:
-    """Draws what ``render`` returns (lines, each ended) at the bottom of the terminal.
+    """A context in which the lines that ``render`` returns are shown at the bottom of the terminal.
 
-    Inside of the context, those of the standard streams that are terminals are wrapped. While a
-    printed line is unfinished the block stays away, so that prompts and a script's own progress
-    bars are left alone. The cursor rests on an empty line above the block, so that what a child
-    process writes there is kept.
+    Inside it, the standard streams that are terminals are wrapped. While the last printed line has
+    no newline the block is not drawn, so as not to disturb prompts and a script's own progress
+    bars. The cursor is left on an empty line above the block, so that what a child process writes
+    is not overwritten.
     """
 
     def __init__(self, render: Callable[[], str]) -> None:
@@ -51,7 +51,7 @@ class LiveBlock:
         for name in ("stdout", "stderr"):
             stream: TextIO = getattr(sys, name)
             if stream.isatty():
-                wrapped: Any = _Above(stream, self)
+                wrapped: Any = _StreamAboveBlock(stream, self)
                 self._wrapped[name] = (stream, wrapped)
                 _kept.append(wrapped)
                 setattr(sys, name, wrapped)
@@ -106,8 +106,8 @@ class LiveBlock:
             self._drawn_at = time.monotonic()
 
 
-class _Above:
-    """A standard stream whose text goes above the block; all else is the stream's own."""
+class _StreamAboveBlock:
+    """A standard stream whose text goes above the block; all else is delegated to the stream."""
 
     def __init__(self, stream: TextIO, block: LiveBlock) -> None:
         self._stream = stream

@@ -1,4 +1,4 @@
-"""What `rhapsody run` says of the script's sessions: live lines while they run, a summary after."""
+"""Progress of the sessions of a script: live lines while they run, and a summary after them."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ BAR_WIDTH = 24  # characters
 MAX_SESSIONS = 4  # a block that is taller than the terminal could not be redrawn
 
 
-class Watch:
+class SessionMonitor:
     """Follows every session of this process, from its construction on.
 
-    It holds the sessions: their statistics stay readable when the script has let go of them.
+    It keeps the sessions, so that their statistics can be read when the script has dropped them.
     """
 
     def __init__(self) -> None:
@@ -36,7 +36,7 @@ class Watch:
         self._sessions.append(session)
 
     def live_text(self) -> str:
-        """A line per backend at work, as the terminal wants it; called from another thread."""
+        """A line per backend of the sessions at work; called from another thread."""
         table = Table.grid(padding=(0, 2, 0, 0))
         for _ in range(4):
             table.add_column(no_wrap=True)
@@ -52,14 +52,14 @@ class Watch:
         if at_work > MAX_SESSIONS:
             table.add_row(f"and {at_work - MAX_SESSIONS} more sessions")
         with self._console.capture() as capture:
-            # One column less than there are: a full line would make some terminals wrap.
+            # One column less than the terminal has: some wrap after a full line.
             self._console.print(table, width=max(self._console.width - 1, 1))
         return capture.get()
 
     def print_summary(self) -> None:
-        """Tasks by state, wall time, averages, and a row per backend, on stderr.
+        """Print tasks by state, wall time, averages, and a row per backend, on stderr.
 
-        Nothing for a script that made no session.
+        Prints nothing for a script that made no session.
         """
         if not self._sessions:
             return
@@ -72,10 +72,12 @@ class Watch:
             prefix = f"{session.uid} " if len(self._sessions) > 1 else ""
             rows += [(prefix + name, of) for name, of in statistics["backends"].items()]
         states = _in_order(counts)
-        said = ", ".join(f"{counts[state]:,} {state}" for state in states)
+        by_state = ", ".join(f"{counts[state]:,} {state}" for state in states)
         number = counts.total()
         tasks = "1 task" if number == 1 else f"{number:,} tasks"
-        self._console.print(f"rhapsody: {tasks} in {wall:.2f} s" + (f": {said}" if said else ""))
+        self._console.print(
+            f"rhapsody: {tasks} in {wall:.2f} s" + (f": {by_state}" if by_state else "")
+        )
         if not states:
             return
         waited, ran = self._averages()
@@ -105,21 +107,21 @@ class Watch:
 def _add_lines(
     table: Table, uid: str, counts: Counter[str], backends: dict[str, Counter[str]]
 ) -> None:
-    """One line for a session's only backend; else one for the session and one per backend.
+    """Add a line for a session's only backend, or one for the session and one per backend.
 
-    What has not started may still run on any backend, so that only a session has a whole.
+    A task that has not started may run on any backend, so that only the session has a total.
     """
     label = next(iter(backends)) if len(backends) == 1 else uid
     ended, total = _ended(counts), counts.total()
     bar = ProgressBar(total=total, completed=ended, width=BAR_WIDTH)
-    table.add_row(Text(label), bar, f"{ended:,}/{total:,}", _words(counts))
+    table.add_row(Text(label), bar, f"{ended:,}/{total:,}", _describe(counts))
     if len(backends) > 1:
         for name, of in backends.items():
-            table.add_row(Text(f"  {name}"), "", f"{_ended(of):,}", _words(of))
+            table.add_row(Text(f"  {name}"), "", f"{_ended(of):,}", _describe(of))
 
 
-def _words(counts: Counter[str]) -> str:
-    """What a reader wants to know beside the number of tasks that ended."""
+def _describe(counts: Counter[str]) -> str:
+    """How many tasks failed, were canceled, and are running, where there are any."""
     words = (("FAILED", "failed"), ("CANCELED", "canceled"), ("RUNNING", "running"))
     return ", ".join(f"{counts[state]:,} {word}" for state, word in words if counts[state])
 
@@ -129,7 +131,7 @@ def _ended(counts: Counter[str]) -> int:
 
 
 def _in_order(states: Iterable[str]) -> list[str]:
-    """Final states first, as a reader looks for them."""
+    """Sort states, the final ones first."""
     return sorted(states, key=lambda state: ENDED.index(state) if state in ENDED else len(ENDED))
 
 

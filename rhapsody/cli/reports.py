@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -18,19 +18,27 @@ STYLES = {"ok": "green", "note": "yellow", "problem": "bold red"}
 PIPE_WIDTH = 160  # characters: a pipe has no width, and a line that breaks is hard to search
 
 
-def print_backends(rows: list[dict[str, Any]]) -> None:
-    """One row per backend, on stdout."""
+class BackendRow(NamedTuple):
+    """A backend, whether its engine is installed, and the command that installs it if not."""
+
+    name: str
+    installed: bool
+    install: str | None
+
+
+def print_backends(rows: Sequence[BackendRow]) -> None:
+    """Print a row per backend."""
     table = Table(box=None, pad_edge=False)
     for title in ("backend", "status", "to install it"):
         table.add_column(title, overflow="fold")
     for row in rows:
-        status = "[green]installed[/]" if row["installed"] else "[yellow]missing[/]"
-        table.add_row(row["name"], status, Text(row["install"] or ""))
+        status = "[green]installed[/]" if row.installed else "[yellow]missing[/]"
+        table.add_row(row.name, status, Text(row.install or ""))
     _console().print(table)
 
 
 def print_findings(findings: list[Finding]) -> None:
-    """One row per check and, under it, the remedy; then how many problems there are."""
+    """Print a row per check with its remedy below it, then the number of problems."""
     console = _console()
     table = Table.grid(padding=(0, 2, 0, 0))
     for _ in range(3):
@@ -42,14 +50,12 @@ def print_findings(findings: list[Finding]) -> None:
             table.add_row("", "", Text(f"-> {finding.remedy}"))
     console.print(table)
     problems = sum(finding.status == "problem" for finding in findings)
-    said = (
-        "no problem" if not problems else "1 problem" if problems == 1 else f"{problems} problems"
-    )
-    console.print(said, style=STYLES["problem" if problems else "ok"])
+    count = "no problem" if not problems else f"{problems} problem{'s' * (problems > 1)}"
+    console.print(count, style=STYLES["problem" if problems else "ok"])
 
 
 def print_measurements(measured: Sequence[Measurement]) -> None:
-    """One row per workload: time per task of both sides, and their ratio with its spread."""
+    """Print a row per workload: time per task of both sides, and the range of their ratios."""
     table = Table(box=None, pad_edge=False)
     table.add_column("workload")
     table.add_column("against")
@@ -67,12 +73,12 @@ def print_measurements(measured: Sequence[Measurement]) -> None:
         )
     console = _console()
     console.print(table)
-    console.print("ratio: median of the repetitions, ours over raw; below 1 ours is faster")
+    console.print("ratio: median over the repetitions of ours / raw; below 1 ours is faster")
 
 
 @contextmanager
-def shown_progress(total: int) -> Iterator[Callable[[str], None]]:
-    """A bar on stderr while something is measured, on a terminal only; yields its ``advance``."""
+def progress_bar(total: int) -> Iterator[Callable[[str], None]]:
+    """A progress bar on stderr if that is a terminal; yields what advances it by one step."""
     from rich.progress import Progress
 
     console = Console(stderr=True)

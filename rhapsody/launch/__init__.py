@@ -1,1 +1,1 @@
-"""Starting a workflow elsewhere: in an image, under Dragon, on the nodes of an allocation."""
+"""Starting a workflow elsewhere: under Dragon, on the nodes of an allocation, in an image."""

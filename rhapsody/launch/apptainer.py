@@ -1,14 +1,14 @@
-"""Runs `rhapsody launch` inside an image, and outside what it needs of the host.
+"""Runs `rhapsody launch` inside an Apptainer image, and the programs that it needs on the host.
 
 Dragon and the supervisor run in the image, which shares processes, network and /dev/shm with the
-host, so that all of the supervisor's promises hold there. This process stays outside. It passes
-signals on, and it starts the programs that reach other hosts, ssh, srun or mpiexec, when a stand-in
-in the image asks for one (see `outside`), with the command changed so that the other side enters
-the same image: an image has no srun that fits the host's Slurm, and need not have an ssh.
+host, so that all of the supervisor's promises hold there. This process stays on the host. It
+forwards signals, and when a shim in the image asks for ssh, srun or mpiexec (see `host_shim`), it
+starts the host's, with the command changed so that Dragon's part on the other host runs in the same
+image: an image has no srun that fits the host's Slurm, and need not have an ssh.
 
-The supervisor has a pipe of ours as its stdin: the numbers of signals come by it, and its end is
-our end, however that came. Requests come by a socket with a random name and no file, that nobody
-needs to remove; who asks is checked, for others on this host could find the name.
+The supervisor's stdin is a pipe from this process: it carries the numbers of signals, and it closes
+when this process ends, whatever ends it. Shims connect to a socket with a random abstract name,
+which leaves no file; the user id of the peer is checked, since other users can find the name.
 """
 
 from __future__ import annotations
@@ -32,23 +32,24 @@ from typing import NamedTuple
 from rhapsody.runtime.errors import ResourceError
 from rhapsody.runtime.local import descendants
 
-from . import workflow_runner as head
-from .host_shim import PROGRAMS, command_of_dragon
-from .supervisor import PASSED_ON
+from .host_shim import PROGRAMS, find_dragon_command
+from .supervisor import FORWARDED_SIGNALS
+from .workflow_runner import die_with_parent
 
-__all__ = ["Image", "find_runner", "run_inside"]
+__all__ = ["Image", "find_apptainer", "run_inside"]
 
-_LEFT_SECONDS = 40.0  # for what runs inside to end, when the runner was killed; see _end_all there
+# For what runs inside to end when apptainer was killed: the supervisor's _end_all takes as long.
+_CLEANUP_SECONDS = 40.0
 
-# Signals that mean something to the supervisor; after one more it is not there, or not yet.
-_HEARD_INSIDE = 2
+# Signals that the supervisor acts on. One more means that it does not respond, or is not up yet.
+_SUPERVISOR_SIGNALS = 2
 
-# Of this process's own Python, and of a library for it; the image has its own. For the image there
-# are the runner's own variables: APPTAINERENV_PYTHONPATH.
-_HOSTS_OWN = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "LD_PRELOAD")
+# Variables for the Python of the host, which the image's must not see. APPTAINERENV_PYTHONPATH and
+# the like set them in the image.
+_HOST_VARIABLES = ("PYTHONHOME", "PYTHONPATH", "PYTHONSTARTUP", "VIRTUAL_ENV", "LD_PRELOAD")
 
-# The runner's settings that the other side needs too, behind its name and _. srun hands all on, ssh
-# none; and no secret, for they stand on ssh's line.
+# Settings of apptainer that other hosts need too: the part of the variable behind APPTAINER_. srun
+# passes all variables, ssh none. None is a secret: they are shown in the command line of ssh.
 _SETTINGS = ("BIND", "BINDPATH", "MOUNT", "NV", "NVCCLI", "ROCM", "NO_HOME", "NO_MOUNT", "USERNS")
 
 # $0 is the image.
@@ -60,47 +61,50 @@ exit 2
 
 
 class Image(NamedTuple):
-    """An image, what runs it, and the folders that are seen in it under their own names."""
+    """An image, the program that runs it, and the folders of the host that are bound in it."""
 
-    runner: str
+    apptainer: str  # the path of apptainer or singularity
     path: str
-    binds: Sequence[str]
+    binds: Sequence[str]  # each is seen inside under its own path
 
-    def line(self, words: Sequence[str], *options: str) -> list[str]:
-        """The command line that runs words inside, in the current folder.
+    def command(self, argv: Sequence[str], *options: str) -> list[str]:
+        """The command line that runs `argv` inside, in the current folder.
 
         Args:
-            words: the program and its arguments.
-            options: of the runner's, before its command.
+            argv: the program and its arguments.
+            options: of apptainer itself, before its command.
 
         Raises:
-            ResourceError: the name of a folder has what the runner takes for an end of it.
+            ResourceError: a folder has a comma or a colon in its name, which apptainer would take
+                for the end of it.
         """
         binds = []
         for folder in self.binds:
             if ":" in folder or "," in folder:
-                raise ResourceError(f"--image: {folder} can't be bound, for its : or , in the name")
+                raise ResourceError(
+                    f"--image: {folder} can't be bound: its name has a : or , in it"
+                )
             binds += ["--bind", folder]
-        return [self.runner, *options, "exec", *binds, "--pwd", os.getcwd(), self.path, *words]
+        return [self.apptainer, *options, "exec", *binds, "--pwd", os.getcwd(), self.path, *argv]
 
     def settings(self, environ: Mapping[str, str]) -> list[str]:
-        """What the user has set for the runner, as NAME=VALUE."""
+        """What the user has set for apptainer, as NAME=VALUE."""
         names = (
             f"{prefix}_{name}" for prefix in ("APPTAINER", "SINGULARITY") for name in _SETTINGS
         )
         return [f"{name}={environ[name]}" for name in names if name in environ]
 
-    def inside(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Variables of the runner that set some inside."""
-        prefix = f"{os.path.basename(self.runner).upper()}ENV_"
+    def variables_inside(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """The variables by which apptainer sets those of `environ` inside."""
+        prefix = f"{os.path.basename(self.apptainer).upper()}ENV_"
         return {prefix + name: value for name, value in environ.items()}
 
 
-def find_runner(environ: Mapping[str, str]) -> str:
-    """Return the path of the program that runs images.
+def find_apptainer(environ: Mapping[str, str]) -> str:
+    """Return the path of apptainer or singularity.
 
     Raises:
-        ResourceError: there is none.
+        ResourceError: neither is on the PATH.
     """
     for name in ("apptainer", "singularity"):
         path = shutil.which(name, path=environ.get("PATH"))
@@ -112,133 +116,152 @@ def find_runner(environ: Mapping[str, str]) -> str:
     )
 
 
-def other_side(
-    image: Image, words: Sequence[str], inside: Mapping[str, str], environ: Mapping[str, str]
-) -> tuple[list[str], dict[str, str]]:
-    """The line and variables that start on other hosts what Dragon wants there, in the image.
+class HostCommand(NamedTuple):
+    """A command line to run on the host, and its environment."""
+
+    argv: list[str]
+    environ: dict[str, str]
+
+
+def enter_image(
+    image: Image, argv: Sequence[str], inside: Mapping[str, str], environ: Mapping[str, str]
+) -> HostCommand:
+    """Change a command that starts Dragon on other hosts, so that it starts Dragon in the image.
+
+    Args:
+        image: is under the same path on the other hosts.
+        argv: Dragon's command: ssh, srun or mpiexec with their arguments.
+        inside: variables that Dragon's part there needs.
+        environ: of the host, for ssh, srun or mpiexec.
 
     Raises:
-        ValueError: this is not how Dragon does it.
+        ValueError: this is not a command of Dragon's.
     """
-    place = command_of_dragon(words)
-    if words[0] not in PROGRAMS.values() or place is None:
-        raise ValueError(f"not a line of Dragon's: {shlex.join(words)}")
-    before, command = [*words[:place]], [*words[place:]]
-    # Silent but for errors: Dragon takes a warning for the workflow's output, with a word on it.
-    if words[0] == "ssh":  # one word for the shell there, which sets the variables too
-        line = image.line(["/bin/sh", "-c", *command], "--silent")
-        return [*before, shlex.join(["env", *image.settings(environ), *line])], dict(environ)
-    return [*before, *image.line(command, "--silent")], {**environ, **image.inside(inside)}
+    start = find_dragon_command(argv)
+    if argv[0] not in PROGRAMS.values() or start is None:
+        raise ValueError(f"not a command of Dragon's: {shlex.join(argv)}")
+    before, command = [*argv[:start]], [*argv[start:]]
+    # --silent: Dragon would take a warning for the workflow's output, in a line of its own.
+    if argv[0] == "ssh":  # its command is one shell command, which sets the variables too
+        line = image.command(["/bin/sh", "-c", *command], "--silent")
+        return HostCommand(
+            [*before, shlex.join(["env", *image.settings(environ), *line])], dict(environ)
+        )
+    return HostCommand(
+        [*before, *image.command(command, "--silent")],
+        {**environ, **image.variables_inside(inside)},
+    )
 
 
 def run_inside(image: Image, arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     """Run `rhapsody launch` with arguments inside; nothing of it is left when this returns.
 
     Returns its exit code: the workflow's, or 128 + n where signal n ended it. All children of this
-    process are taken for its own.
+    process are taken for the run's.
 
     Raises:
         ResourceError: a folder that is to be bound has a name that cannot be.
     """
-    environ = {name: value for name, value in environ.items() if name not in _HOSTS_OWN}
+    environ = {name: value for name, value in environ.items() if name not in _HOST_VARIABLES}
     name = f"rhapsody-{secrets.token_hex(16)}"
-    words = ["sh", "-c", _INSIDE, image.path, "launch", "--outside", name, *arguments]
-    slots = environ.get("PBS_NODEFILE")  # on this node only
-    here = image if slots is None else image._replace(binds=[*image.binds, slots])
-    line = here.line(words)
-    descendants.adopt()
+    argv = ["sh", "-c", _INSIDE, image.path, "launch", "--outside", name, *arguments]
+    node_file = environ.get("PBS_NODEFILE")  # is on this node only
+    here = image if node_file is None else image._replace(binds=[*image.binds, node_file])
+    command = here.command(argv)
+    descendants.become_subreaper()
     sys.stdout.flush()
     sys.stderr.flush()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(f"\0{name}")
         listener.listen()
-        return _Outside(image, environ, listener).run(line)
+        return _HostProcess(image, environ, listener).run(command)
 
 
 class _Request:
-    """A stand-in that asks for a program, what it has said so far, and the program."""
+    """A shim that asks for a program of the host: what it has sent so far, and the program."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
-        self.said = b""
+        self.received = b""
         self.streams: list[int] = []
-        self.pid = 0
+        self.pid = 0  # of the program, once it has started
 
 
-class _Outside:
-    """The loop: signals, requests, and the ends of what was started."""
+class _HostProcess:
+    """An event loop over signals, requests of shims, and the ends of what was started."""
 
     def __init__(self, image: Image, environ: Mapping[str, str], listener: socket.socket) -> None:
         self.image = image
         self.environ = environ
         self.listener = listener
-        self.runner = 0
-        self.status: int | None = None  # the runner's, once it has ended
+        self.apptainer = 0  # its pid
+        self.apptainer_code: int | None = None  # once it has ended
         self.signals: list[int] = []
         self.requests: dict[int, _Request] = {}  # by the descriptor of the connection
         self.poll = select.poll()
-        self.react: dict[int, Callable[[], None]] = {}
+        self.callbacks: dict[int, Callable[[], None]] = {}
 
-    def run(self, line: list[str]) -> int:
-        """Run the line; returns its exit code when all below this process has gone."""
-        bell, theirs = os.pipe()
-        stdin, control = os.pipe()
-        for fd in (bell, theirs, control):
+    def run(self, command: list[str]) -> int:
+        """Run the command; returns its exit code when all below this process has gone."""
+        wakeup, wakeup_writer = os.pipe()
+        stdin, signal_writer = os.pipe()
+        for fd in (wakeup, wakeup_writer, signal_writer):
             os.set_blocking(fd, False)
-        self.listen(bell, lambda: self.on_bell(bell, control))
-        self.listen(self.listener.fileno(), self.on_connection)
-        with _rung_by_signals(theirs):
-            self.runner = os.posix_spawn(
-                line[0],
-                line,
+        self.add_reader(wakeup, lambda: self.on_signals(wakeup, signal_writer))
+        self.add_reader(self.listener.fileno(), self.on_connection)
+        with _signals_written_to(wakeup_writer):
+            self.apptainer = os.posix_spawn(
+                command[0],
+                command,
                 self.environ,
                 file_actions=[(os.POSIX_SPAWN_DUP2, stdin, 0)],
-                setpgroup=0,  # Ctrl-C is ours to pass on, once
-                setsigdef=[*PASSED_ON, signal.SIGQUIT, signal.SIGPIPE],
+                setpgroup=0,  # Ctrl-C is forwarded, and must not arrive twice
+                setsigdef=[*FORWARDED_SIGNALS, signal.SIGQUIT, signal.SIGPIPE],
             )
             os.close(stdin)
-            while self.status is None:
-                self.turn(None)
-            self.await_the_others()
-        for fd in (bell, theirs, control):
+            while self.apptainer_code is None:
+                self.run_once(None)
+            self.wait_for_descendants()
+        for fd in (wakeup, wakeup_writer, signal_writer):
             os.close(fd)
-        if len(self.signals) > _HEARD_INSIDE:
+        if len(self.signals) > _SUPERVISOR_SIGNALS:
             return 128 + self.signals[0]
-        return self.status if self.status >= 0 else 128 - self.status
+        return self.apptainer_code if self.apptainer_code >= 0 else 128 - self.apptainer_code
 
-    def await_the_others(self) -> None:
-        """Let what has lost the runner end in its own way, and serve it so long."""
-        deadline = time.monotonic() + _LEFT_SECONDS
+    def wait_for_descendants(self) -> None:
+        """Let what outlives a killed apptainer end in order, and serve its requests meanwhile."""
+        deadline = time.monotonic() + _CLEANUP_SECONDS
         while descendants.pids() and (left := deadline - time.monotonic()) > 0:
-            self.turn(left)
+            self.run_once(left)
         for pid in descendants.pids():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
-    def listen(self, fd: int, react: Callable[[], None]) -> None:
-        self.react[fd] = react
+    def add_reader(self, fd: int, callback: Callable[[], None]) -> None:
+        self.callbacks[fd] = callback
         self.poll.register(fd, select.POLLIN)
 
-    def turn(self, seconds: float | None) -> None:
-        for fd, _ in self.poll.poll(None if seconds is None else seconds * 1000):
-            if fd in self.react:  # else it was closed in this same turn
-                self.react[fd]()
+    def run_once(self, timeout: float | None) -> None:
+        """Wait for events, at most `timeout` seconds, and call what they are for."""
+        for fd, _ in self.poll.poll(None if timeout is None else timeout * 1000):
+            if fd in self.callbacks:  # else an event before this one has closed it
+                self.callbacks[fd]()
 
-    def on_bell(self, bell: int, control: int) -> None:
-        """Take the numbers of signals that came: pass them on, and reap where a child has ended."""
-        for number in os.read(bell, 4096):
-            if number in PASSED_ON:
+    def on_signals(self, wakeup: int, signal_writer: int) -> None:
+        """Take the numbers of signals that arrived: forward them, and reap children."""
+        for number in os.read(wakeup, 4096):
+            if number in FORWARDED_SIGNALS:
                 self.signals.append(number)
                 with contextlib.suppress(OSError):  # nobody reads it any more
-                    os.write(control, bytes([number]))
-                if len(self.signals) > _HEARD_INSIDE and self.status is None:
-                    os.kill(self.runner, signal.SIGKILL)
+                    os.write(signal_writer, bytes([number]))
+                if len(self.signals) > _SUPERVISOR_SIGNALS and self.apptainer_code is None:
+                    os.kill(self.apptainer, signal.SIGKILL)
         for pid, status in descendants.reap():
             code = os.waitstatus_to_exitcode(status)
-            if pid == self.runner:
-                self.status = code
+            if pid == self.apptainer:
+                self.apptainer_code = code
             for request in [one for one in self.requests.values() if one.pid == pid]:
-                self.answer(request, code)
+                self.reply(request, code)
 
     # ------------------------------------------------------------------ requests
 
@@ -253,10 +276,10 @@ class _Outside:
             return
         request = _Request(connection)
         self.requests[connection.fileno()] = request
-        self.listen(connection.fileno(), lambda: self.on_request(request))
+        self.add_reader(connection.fileno(), lambda: self.on_request(request))
 
     def on_request(self, request: _Request) -> None:
-        """Take what a stand-in says: its line, then the numbers of signals; its end is a kill."""
+        """Take what a shim sends: its command, then the numbers of signals; its end kills."""
         try:
             data, streams, _, _ = socket.recv_fds(request.connection, 1 << 16, 3)
         except ConnectionResetError:
@@ -265,22 +288,22 @@ class _Outside:
         if not data:
             if request.pid:
                 os.kill(request.pid, signal.SIGKILL)
-            self.forget(request)
+            self.close(request)
         elif request.pid:
             for number in data:
                 os.kill(request.pid, number)
         else:
-            request.said += data
-            if request.said.endswith(b"\n"):
+            request.received += data
+            if request.received.endswith(b"\n"):
                 self.start(request)
 
     def start(self, request: _Request) -> None:
-        asked = json.loads(request.said)
-        words, environ = other_side(self.image, asked["words"], asked["environ"], self.environ)
-        path = shutil.which(words[0], path=self.environ.get("PATH"))
+        wanted = json.loads(request.received)
+        argv, environ = enter_image(self.image, wanted["argv"], wanted["environ"], self.environ)
+        path = shutil.which(argv[0], path=self.environ.get("PATH"))
         if path is None:
-            os.write(request.streams[2], f"{words[0]}: not found outside the image\n".encode())
-            self.answer(request, 127)
+            os.write(request.streams[2], f"{argv[0]}: not found outside the image\n".encode())
+            self.reply(request, 127)
             return
         parent = os.getpid()
         request.pid = os.fork()
@@ -288,11 +311,11 @@ class _Outside:
             try:
                 for fd, stream in enumerate(request.streams):
                     os.dup2(stream, fd)
-                head.die_with(parent)
+                die_with_parent(parent)
                 os.setpgid(0, 0)
-                for number in (*PASSED_ON, signal.SIGCHLD, signal.SIGPIPE):
+                for number in (*FORWARDED_SIGNALS, signal.SIGCHLD, signal.SIGPIPE):
                     signal.signal(number, signal.SIG_DFL)
-                os.execve(path, words, environ)  # noqa: S606 - a shell is not wanted
+                os.execve(path, argv, environ)  # noqa: S606 - a shell is not wanted
             except BaseException:
                 traceback.print_exc()
             finally:
@@ -301,28 +324,26 @@ class _Outside:
             os.close(stream)
         request.streams = []
 
-    def answer(self, request: _Request, code: int) -> None:
-        with contextlib.suppress(OSError):  # the stand-in was killed in this moment
+    def reply(self, request: _Request, code: int) -> None:
+        """Send a shim the exit code of its program."""
+        with contextlib.suppress(OSError):  # the shim was killed meanwhile
             request.connection.sendall(b"%d\n" % (code if code >= 0 else 128 - code))
-        self.forget(request)
+        self.close(request)
 
-    def forget(self, request: _Request) -> None:
+    def close(self, request: _Request) -> None:
         fd = request.connection.fileno()
         self.poll.unregister(fd)
-        del self.react[fd], self.requests[fd]
+        del self.callbacks[fd], self.requests[fd]
         request.connection.close()
         for stream in request.streams:
             os.close(stream)
 
 
 @contextlib.contextmanager
-def _rung_by_signals(fd: int) -> Iterator[None]:
-    """Have the numbers of signals, and of the end of a child, written to a pipe.
-
-    Those that are ignored stay so.
-    """
-    heard = [number for number in PASSED_ON if signal.getsignal(number) != signal.SIG_IGN]
-    before = {number: signal.signal(number, lambda *_: None) for number in heard}
+def _signals_written_to(fd: int) -> Iterator[None]:
+    """Have the numbers of signals, SIGCHLD too, written to a pipe; ignored ones stay ignored."""
+    handled = [n for n in FORWARDED_SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, lambda *_: None) for number in handled}
     before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, lambda *_: None)
     wakeup = signal.set_wakeup_fd(fd, warn_on_full_buffer=False)
     try:

@@ -1,11 +1,12 @@
-"""A stand-in, inside an image, for a program outside of it: ssh, srun or mpiexec.
+"""Runs a program of the host from inside an image: ssh, srun or mpiexec.
 
-With `rhapsody launch --image` Dragon's launcher runs inside the image, where the host's srun, its
-libraries and its credentials are not, and often no ssh either. `python -m rhapsody.launch.host_shim
-SOCKET PROGRAM ARGUMENT...` is what it finds in their place. It hands the words and its own standard
-streams to the process outside (see `image`), which starts the real one, and ends as that one does.
+With `rhapsody launch --image` Dragon's launcher runs inside the image, which has neither the host's
+srun with its libraries and credentials nor, often, an ssh. In their place it finds
+`python -m rhapsody.launch.host_shim SOCKET PROGRAM ARGUMENT...`, which sends its command line and
+its standard streams to the process on the host (see `apptainer`). That process starts the real
+program, and the shim ends as the program does.
 
-Only what starts Dragon on other hosts goes that way: a workflow that calls ssh or mpiexec for
+Only commands that start Dragon on other hosts are sent: a workflow that calls ssh or mpiexec for
 reasons of its own gets the next one on its PATH, the image's.
 """
 
@@ -21,54 +22,58 @@ import socket
 import sys
 from collections.abc import Sequence
 
-__all__ = ["PROGRAMS", "command_of_dragon"]
+__all__ = ["PROGRAMS", "find_dragon_command"]
 
-#: what Dragon 0.15 starts its part on other hosts by, for each of its workload managers
+#: the programs by which Dragon 0.15 starts its part on other hosts, by its workload managers
 PROGRAMS = {"ssh": "ssh", "slurm": "srun", "pbs+pals": "mpiexec"}
 
-# What it starts there (dragonhpc 0.15.0, launcher/wlm/): words of their own, or in a shell's line.
-_DRAGONS = re.compile(r"(?:^|[ /])dragon-(?:backend|network-config-launch-helper)(?= |$)")
+# What it starts there (dragonhpc 0.15.0, launcher/wlm/): an argument, or a word in a shell command.
+_DRAGON_PROGRAM = re.compile(r"(?:^|[ /])dragon-(?:backend|network-config-launch-helper)(?= |$)")
 
-# Variables that Dragon sets for the other side (BASE_ENV_VARNAMES of launcher/wlm/ssh.py).
-_NAMES = ("PATH", "PYTHONPATH", "PYTHONSTARTUP", "LD_LIBRARY_PATH")
-_PREFIX = "DRAGON_"
+# Variables that Dragon passes to other hosts (BASE_ENV_VARNAMES of launcher/wlm/ssh.py).
+_VARIABLES = ("PATH", "PYTHONPATH", "PYTHONSTARTUP", "LD_LIBRARY_PATH")
+_VARIABLE_PREFIX = "DRAGON_"
 
 
-def command_of_dragon(arguments: Sequence[str]) -> int | None:
-    """The place of the word that is or has Dragon's program; None for a line that is not Dragon's.
+def find_dragon_command(arguments: Sequence[str]) -> int | None:
+    """The index of the argument that names a program of Dragon's; None if none does.
 
-    With ssh it is the last one, a line for a shell; with srun and mpiexec it begins the command.
+    With ssh it is the last one, a shell command; with srun and mpiexec the command starts there.
     """
-    places = (n for n, word in enumerate(arguments) if _DRAGONS.search(word))
-    return next(places, None)
+    indices = (n for n, word in enumerate(arguments) if _DRAGON_PROGRAM.search(word))
+    return next(indices, None)
 
 
 def main() -> None:
-    """Run the real program outside; ends with its exit code, 128 + n for signal n."""
+    """Run the host's program; exits with its exit code, 128 + n for signal n."""
     name, program, *arguments = sys.argv[1:]
-    if command_of_dragon(arguments) is None:
-        _run_another(program, arguments)
-    environ = {k: v for k, v in os.environ.items() if k in _NAMES or k.startswith(_PREFIX)}
-    said = json.dumps({"words": [program, *arguments], "environ": environ}).encode() + b"\n"
-    answer = b""
+    if find_dragon_command(arguments) is None:
+        _exec_next_on_path(program, arguments)
+    environ = {
+        name: value
+        for name, value in os.environ.items()
+        if name in _VARIABLES or name.startswith(_VARIABLE_PREFIX)
+    }
+    request = json.dumps({"argv": [program, *arguments], "environ": environ}).encode() + b"\n"
+    reply = b""
     with socket.socket(socket.AF_UNIX) as connection, contextlib.suppress(ConnectionError):
 
-        def pass_on(number: int, _: object) -> None:
-            with contextlib.suppress(ConnectionError):  # it has answered, and gone
+        def forward(number: int, _: object) -> None:
+            with contextlib.suppress(ConnectionError):  # it has replied, and closed
                 connection.sendall(bytes([number]))
 
         connection.connect(f"\0{name}")
-        said = said[socket.send_fds(connection, [said], [0, 1, 2]) :]
-        if said:  # to send nothing is an error too where the answer is here and its sender gone
-            connection.sendall(said)
+        rest = request[socket.send_fds(connection, [request], [0, 1, 2]) :]
+        if rest:  # even to send nothing is an error where the host has replied and closed
+            connection.sendall(rest)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, pass_on)
-        answer = connection.makefile("rb").readline()
-    os._exit(int(answer) if answer else 255)  # 255: as ssh does when the connection broke
+            signal.signal(number, forward)
+        reply = connection.makefile("rb").readline()
+    os._exit(int(reply) if reply else 255)  # 255: as ssh does when the connection broke
 
 
-def _run_another(program: str, arguments: Sequence[str]) -> None:
-    """Become the next program of that name on the PATH; the first is what started us."""
+def _exec_next_on_path(program: str, arguments: Sequence[str]) -> None:
+    """Become the next program of that name on the PATH; the first is the shim."""
     first, *others = (
         folder
         for folder in os.environ.get("PATH", os.defpath).split(os.pathsep)

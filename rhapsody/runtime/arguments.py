@@ -1,4 +1,4 @@
-"""What a task runs: its kind, its arguments with parents' results in place, its command line."""
+"""Arguments of a task: those among which tasks are looked for, and what is run with them."""
 
 from __future__ import annotations
 
@@ -6,34 +6,21 @@ import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from .task import Task
 from .text import argument_str, plain_str
 
 __all__ = [
     "CONTAINERS",
-    "Task",
+    "arguments_of",
     "command_of",
     "elements",
     "inputs_of",
-    "kind_of",
     "map_elements",
     "shell_command",
 ]
 
-# A task as a backend sees it: an object of rhapsody.api, or the plain dict of another framework.
-Task = Any
-
 #: Containers among arguments in which tasks are looked for, one level deep.
 CONTAINERS = (list, tuple, dict)
-
-
-def kind_of(task: Task) -> str:
-    """Return `"function"`, `"executable"` or `"ai"`."""
-    kind = getattr(task, "kind", None)
-    if isinstance(kind, str):
-        return kind
-    if task.get("function") is not None:
-        return "function"
-    return "ai" if task.get("prompt") else "executable"
 
 
 def elements(value: Any) -> Iterable[Any]:
@@ -57,18 +44,23 @@ def inputs_of(task: Task) -> tuple[Sequence[Any], Mapping[str, Any]]:
     if isinstance(task, dict):
         return task.get("args") or (), task.get("kwargs") or {}
     bound = task._bound
-    return (task.args, task._kwargs) if bound is None else (bound["args"], bound["kwargs"])
+    return (task.args, task._kwargs) if bound is None else (bound.args, bound.kwargs)
+
+
+def arguments_of(task: Task) -> Sequence[Any]:
+    """Return the arguments of an executable task, with its parents' results in place."""
+    if isinstance(task, dict) or task._bound is None:
+        return task.get("arguments") or ()
+    return task._bound.arguments
 
 
 def command_of(task: Task, *, shell: bool = False) -> list[str]:
     """Return the command line of an executable task, with its parents' results in place.
 
-    With `shell` the executable is a command line of its own, which `/bin/sh` reads; arguments are
-    quoted, so that only the author's own text is code.
+    With `shell`, the executable is itself a command line, which `/bin/sh` reads; the arguments are
+    quoted, so that the shell interprets nothing but what the author wrote as the executable.
     """
-    bound = None if isinstance(task, dict) else task._bound
-    arguments = (task.get("arguments") or []) if bound is None else bound["arguments"]
-    words = [argument_str(argument) for argument in arguments]
+    words = [argument_str(argument) for argument in arguments_of(task)]
     program = plain_str(task["executable"])
     return shell_command([program, *words]) if shell else [program, *words]
 

@@ -1,4 +1,4 @@
-"""The exception tree. Defined at the bottom of the house, public as `rhapsody.api.errors`.
+"""The exception tree; users import it from `rhapsody.api.errors`.
 
 RhapsodyError
 ├── TaskValidationError     bad input, found at construction or at submit
@@ -31,7 +31,7 @@ __all__ = [
     "WorkerLostError",
 ]
 
-_STDERR_SHOWN = 2000  # characters: about a screen, enough for the last words of a program
+_STDERR_SHOWN = 2000  # characters, about a screen: enough for what a program printed last
 
 
 def _rebuild(
@@ -44,18 +44,18 @@ def _rebuild(
 
 
 class RhapsodyError(Exception):
-    """Base of every error that RHAPSODY raises on its own account.
+    """Base of every error that RHAPSODY itself raises.
 
     Every error of the tree pickles, with its attributes.
     """
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own way calls cls(*args), which fails for constructors with other arguments.
+        # Exception.__reduce__ calls cls(*args), which fails for constructors with other arguments.
         return _rebuild, (type(self), self.args, self.__dict__)
 
 
 class _Refusal(RhapsodyError):  # noqa: N818 - a base, never raised itself
-    """A task was not taken.
+    """Raised when tasks were refused.
 
     `errors` maps the uid of each refused task to what is wrong with it; the other tasks of the
     same `submit_tasks` call were submitted.
@@ -73,9 +73,9 @@ class TaskValidationError(_Refusal, ValueError):
 class TaskExecutionError(RhapsodyError):
     """Raised when an executable ended with a non-zero exit code, or could not be started.
 
-    `exit_code` is the program's own, the negative signal number where a signal ended it, and as
-    a shell has it 127 for a program that is not there and 126 for one that may not be run.
-    `exit_codes` are those of all ranks of a job, where the engine tells of each; else None.
+    `exit_code` is the program's own, or the negative number of the signal that ended it; as in a
+    shell, 127 for a program that does not exist and 126 for one that may not be run.
+    `exit_codes` are those of all ranks of a job where the engine reports them, else None.
     """
 
     exit_codes: list[int] | None = None
@@ -84,17 +84,17 @@ class TaskExecutionError(RhapsodyError):
         self.uid = uid
         self.stderr = stderr
         self.exit_code = exit_code
-        said = (stderr or "").strip()
-        if len(said) > _STDERR_SHOWN:
-            said = "..." + said[-_STDERR_SHOWN:]
-        super().__init__(f"Task '{uid}' failed with exit code {exit_code}: {said}")
+        shown = (stderr or "").strip()
+        if len(shown) > _STDERR_SHOWN:
+            shown = "..." + shown[-_STDERR_SHOWN:]
+        super().__init__(f"Task '{uid}' failed with exit code {exit_code}: {shown}")
 
 
 class TaskTimeoutError(RhapsodyError, TimeoutError):
     """Raised when a task ran longer than its `timeout=`.
 
     `stopped` is False where the backend could not interrupt it: a synchronous function on a
-    thread runs on to its end, though its task is settled.
+    thread runs to its end, though its task is settled before.
     """
 
     def __init__(self, uid: str, timeout: float, *, stopped: bool = True) -> None:
@@ -108,9 +108,9 @@ class TaskTimeoutError(RhapsodyError, TimeoutError):
 class DependencyError(RhapsodyError):
     """Raised for a task whose parent failed or was canceled.
 
-    `cause` is the parent's error, and `root` the one that began it where that is a DependencyError
-    itself; both are None where it began with a task that was canceled. Of a chain of them, what
-    crosses to another process is this one, its cause and the root.
+    `cause` is the parent's error; where that is a DependencyError too, `root` is the error with
+    which the chain began, else the cause. Both are None where it began with a canceled task. Of a
+    chain, this error, its cause and the root are pickled.
     """
 
     def __init__(self, uid: str, parent: str, cause: BaseException | None = None) -> None:
@@ -120,31 +120,31 @@ class DependencyError(RhapsodyError):
         self.root = cause
         before = ""
         if isinstance(cause, DependencyError):
-            # In a long chain not every link can tell the whole story.
+            # Only the root is described, however long the chain is.
             self.root = cause.root
             before = "it was not run either: "
         canceled = "a task was canceled" if before else "it was canceled"
         root = self.root
         why = before + (canceled if root is None else describe_error(root))
         super().__init__(f"Task '{uid}' was not run, its parent '{parent}' did not succeed ({why})")
-        # Not the cause itself: a chain of them would be printed link by link, and pickled so by
-        # `tblib`, which Dask installs for all exceptions.
+        # Not the cause: every link of a chain would be printed, and pickled by `tblib`, which
+        # Dask installs for all exceptions.
         self.__cause__ = self.root
 
     def __reduce__(self) -> tuple[Any, ...]:
         state, cause = {**self.__dict__}, self.cause
-        if isinstance(cause, DependencyError):  # whole, it is a chain deeper than Python can go
+        if isinstance(cause, DependencyError):  # a whole chain may pass the recursion limit
             known = {**cause.__dict__, "cause": cause.root}
             state["cause"] = _rebuild(type(cause), cause.args, known)
         return _rebuild, (type(self), self.args, state)
 
 
 class SerializationError(RhapsodyError, TypeError):
-    """Raised when what must cross to another process cannot be pickled or unpickled there."""
+    """Raised when a value for another process cannot be pickled, or not be unpickled there."""
 
 
 class SessionError(RhapsodyError, RuntimeError):
-    """Raised when a session is used in a way that it does not allow, or after its end."""
+    """Raised when a session is used in a way that it does not allow, or after `close`."""
 
 
 class ResourceError(_Refusal):
@@ -154,7 +154,7 @@ class ResourceError(_Refusal):
 class BackendError(RhapsodyError):
     """Raised when the infrastructure failed rather than the task.
 
-    `backend` is the backend's name, `host` the machine where it happened, and `transient` says
+    `backend` is the backend's name, `host` the machine where it happened, and `transient` tells
     whether running the task again may help.
     """
 

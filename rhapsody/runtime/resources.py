@@ -1,4 +1,4 @@
-"""What a task needs, said once for every backend."""
+"""What a task needs, in the same terms for every backend."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def parse_memory(value: int | str) -> int:
         size = int(float(match[1]) * _MEMORY_UNITS[match[2].lower()])
     if size <= 0:
         raise TaskValidationError(
-            f"memory must be bytes or a text such as '4GiB' or '500MB', not {value!r}"
+            f"memory must be bytes or a str such as '4GiB' or '500MB', not {value!r}"
         )
     return size
 
@@ -50,7 +50,7 @@ def parse_seconds(value: float | str) -> float:
             if seconds > 0:
                 return seconds
     raise TaskValidationError(
-        f"a time must be seconds above 0 or a text such as '90s', '10m', '1.5h' or '01:30:00',"
+        f"a time must be seconds above 0 or a str such as '90s', '10m', '1.5h' or '01:30:00',"
         f" not {value!r}"
     )
 
@@ -63,9 +63,9 @@ class Resources:
         ranks: processes of the task; more than one runs it under MPI.
         cores_per_rank: CPU cores that each rank has to itself.
         gpus_per_rank: GPUs that each rank has to itself.
-        memory_per_rank: bytes, or a text such as `"4GiB"`.
-        walltime: seconds, or a text such as `"10m"`: the task's `timeout` where it has none.
-        cwd: folder to run in, a text or a path.
+        memory_per_rank: bytes, or a `str` such as `"4GiB"`.
+        walltime: seconds, or a `str` such as `"10m"`: the `timeout` of a task that has none.
+        cwd: folder to run in, a `str` or a path.
         env: environment variables, added over those of the parent process.
 
     Raises:
@@ -85,7 +85,7 @@ class Resources:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise TaskValidationError(
-                    f"Resources.{name} must be a whole number of at least {least}, not {value!r}"
+                    f"Resources.{name} must be an int of at least {least}, not {value!r}"
                 )
         if self.memory_per_rank is not None:
             parse_memory(self.memory_per_rank)
@@ -100,7 +100,7 @@ class Resources:
         if self.env is not None:
             if fault := environment_fault(self.env):
                 raise TaskValidationError(f"Resources.{fault}")
-            # A copy: what is changed later was not looked at.
+            # A copy: what the author puts into the dict later was not checked.
             own = {plain_str(name): plain_str(value) for name, value in self.env.items()}
             object.__setattr__(self, "env", own)
 

@@ -1,4 +1,4 @@
-"""What crosses to another process: functions, arguments, results, exceptions."""
+"""Pickles functions, arguments, results and exceptions for other processes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import cloudpickle
 
 from .errors import SerializationError
+from .text import describe_error
 
 __all__ = ["dumps", "loads", "pack_exception", "unpack_exception"]
 
@@ -25,22 +26,22 @@ class RemoteTraceback(Exception):  # noqa: N818 - it is shown as the cause, and 
 
 
 def dumps(value: Any, what: str = "value") -> bytes:
-    """Pickle anything, functions of `__main__`, lambdas and closures by value.
+    """Pickle a value; functions of `__main__`, lambdas and closures are pickled by value.
 
     Raises:
-        SerializationError: it cannot be pickled; says what it is and why.
+        SerializationError: it cannot be pickled; the message names the value and the cause.
     """
     try:
         data: bytes = cloudpickle.dumps(value)
     except Exception as error:  # a user's __reduce__ may raise anything
         raise SerializationError(
-            f"cannot pickle the {what} {_short(value)}: {_words(error)}"
+            f"cannot pickle the {what} {_short(value)}: {describe_error(error)}"
         ) from error
     return data
 
 
 def loads(data: bytes | bytearray, what: str = "value") -> Any:
-    """Unpickle what a process of our own has pickled.
+    """Unpickle a value from a process of RHAPSODY.
 
     Raises:
         SerializationError: it cannot be unpickled here.
@@ -48,33 +49,35 @@ def loads(data: bytes | bytearray, what: str = "value") -> Any:
     try:
         return pickle.loads(data)
     except Exception as error:
-        raise SerializationError(f"cannot unpickle the {what}: {_words(error)}") from error
+        raise SerializationError(f"cannot unpickle the {what}: {describe_error(error)}") from error
 
 
 def pack_exception(error: BaseException) -> bytes:
-    """Pickle an exception with its traceback, so that its class need not cooperate.
+    """Pickle an exception with its traceback, whatever its class is.
 
-    An exception is rebuilt from its class, `args` and attributes without a call of its `__init__`,
-    which may want other arguments: of that of its built-in base only, which knows an OSError's
-    file name, for example. What of it cannot be pickled is left out, at the worst the class
-    itself: then a SerializationError tells of it.
+    It will be rebuilt from its class, `args` and attributes without calling the `__init__` of the
+    class, which may take other arguments; only that of its built-in base is called, which sets an
+    OSError's file name, for example. Attributes that cannot be pickled are left out; where the
+    class cannot be pickled, a SerializationError that describes the exception takes its place.
     """
     text = "".join(traceback.format_exception(type(error), error, error.__traceback__))
-    state = {k: v for k, v in vars(error).items() if _pickles(v)}
+    state = {k: v for k, v in vars(error).items() if _can_pickle(v)}
     _, given, *rest = _builtin_base(type(error)).__reduce__(error)
     fields = {k: v for k, v in (rest[0] or {}).items() if k not in vars(error)} if rest else {}
-    fields = {k: v for k, v in fields.items() if _pickles(v)}
+    fields = {k: v for k, v in fields.items() if _can_pickle(v)}
     try:
-        return dumps((type(error), _crossing(given), _crossing(error.args), fields, state, text))
-    except SerializationError:
-        said = SerializationError(
-            f"the task raised an exception that cannot be pickled: {_words(error)}"
+        return dumps(
+            (type(error), _picklable_args(given), _picklable_args(error.args), fields, state, text)
         )
-        return dumps((SerializationError, said.args, said.args, {}, {}, text))
+    except SerializationError:
+        substitute = SerializationError(
+            f"the task raised an exception that cannot be pickled: {describe_error(error)}"
+        )
+        return dumps((SerializationError, substitute.args, substitute.args, {}, {}, text))
 
 
 def unpack_exception(data: bytes | bytearray) -> BaseException:
-    """Return the exception that `pack_exception` has packed, its remote traceback as its cause."""
+    """Rebuild an exception from `pack_exception`, with its remote traceback as its cause."""
     try:
         cls, given, args, fields, state, text = loads(data, "exception of the task")
         error: BaseException = cls.__new__(cls, *given)
@@ -91,12 +94,12 @@ def unpack_exception(data: bytes | bytearray) -> BaseException:
 
 
 def _builtin_base(cls: type[BaseException]) -> Any:
-    """The class whose fields are not in `vars`: an OSError's, an ImportError's."""
+    """The built-in class, whose fields (an OSError's, an ImportError's) are not in `vars`."""
     return next(base for base in cls.__mro__ if base.__module__ == "builtins")
 
 
-class _Carried:
-    """An exception in another one's arguments, as in a group: crosses by the same way."""
+class _PackedException:
+    """An exception among another one's arguments, as in a group: pickled in the same way."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -105,24 +108,24 @@ class _Carried:
         return unpack_exception, (pack_exception(self.error),)
 
 
-def _crossing(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(arg if _pickles(arg) else _carried(arg) for arg in args)
+def _picklable_args(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arg if _can_pickle(arg) else _picklable(arg) for arg in args)
 
 
-def _carried(arg: Any) -> Any:
+def _picklable(arg: Any) -> Any:
     if isinstance(arg, BaseException):
-        return _Carried(arg)
+        return _PackedException(arg)
     if isinstance(arg, (list, tuple)) and all(isinstance(one, BaseException) for one in arg):
-        return [_Carried(one) for one in arg]
+        return [_PackedException(one) for one in arg]
     return _short(arg)
 
 
-def _pickles(value: Any) -> bool:
+def _can_pickle(value: Any) -> bool:
     if value is None or isinstance(value, (str, int, float, bool, bytes)):
         return True
     try:
         pickle.loads(cloudpickle.dumps(value))
-    except Exception:  # whatever it is, it does not cross
+    except Exception:  # an author's class may raise anything
         return False
     return True
 
@@ -133,7 +136,3 @@ def _short(value: Any) -> str:
     except Exception as error:  # a user's __repr__ may raise anything
         text = f"<{type(value).__name__} whose repr raises {type(error).__name__}>"
     return text if len(text) <= 200 else text[:200] + "..."
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -18,7 +18,7 @@ __all__ = [
 
 
 def safe_str(value: Any) -> str:
-    """Return `str(value)`; of a value whose `__str__` raises, a text that says so."""
+    """Return `str(value)`; a message about its `__str__` where that raises."""
     try:
         return str(value)
     except Exception as error:  # the author's code
@@ -35,7 +35,7 @@ def plain_str(text: str | bytes | os.PathLike[Any]) -> str:
 
     A subclass cannot be marshalled, and may not exist where it is unpickled.
     """
-    return str.__str__(os.fsdecode(text))
+    return text if type(text) is str else str.__str__(os.fsdecode(text))
 
 
 def argument_str(value: object) -> str:

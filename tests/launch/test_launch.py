@@ -1,4 +1,4 @@
-"""`rhapsody launch` without Dragon: its line, its refusals, and the supervisor over a stand-in.
+"""`rhapsody launch` without Dragon: its command, its errors, and the supervisor over a stand-in.
 
 A real launcher cannot be made to hang on demand; `tests/on_dragon` has the real one.
 """
@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from fifos import Fifo, readable
-from processes import command_line, descendants_of, driver_of, gone
-from rhapsody.launch.dragon import command as dragon_command
+from proc import command_line
+from processes import descendants_of, driver_of, gone
+from rhapsody.launch.dragon.command import build_command, path_with_launcher
 from rhapsody.launch.dragon.output import LauncherOutput
-from rhapsody.launch.dragon.shared_memory import Segments
+from rhapsody.launch.dragon.shared_memory import SegmentTracker, check_shared_memory
 from rhapsody.runtime.errors import ResourceError
 
 DRAGON = "/opt/bin/dragon"
@@ -34,9 +35,10 @@ SLURM = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "4"}
 def words(
     nodes: int | None = None, hosts: tuple[str, ...] = (), environ: dict[str, str] | None = None
 ) -> str:
-    line = dragon_command.line_for(DRAGON, nodes, hosts, environ or {})
-    assert line.words[0] == DRAGON
-    return " ".join(line.words[1:])
+    command = build_command(DRAGON, nodes, hosts, environ or {})
+    assert command.argv[0] == DRAGON
+    assert command.remote == ("--wlm" in command.argv)
+    return " ".join(command.argv[1:])
 
 
 def test_one_node_is_always_told_to_be_one() -> None:
@@ -85,7 +87,7 @@ def test_hosts_that_ssh_would_misread_are_refused(hosts: tuple[str, ...]) -> Non
 
 def test_shared_memory_that_is_too_small_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match=r"there is none.*4,272 MiB.*--shm-size"):
-        dragon_command.check_shared_memory(str(tmp_path / "none"))
+        check_shared_memory(str(tmp_path / "none"))
 
 
 # ---------------------------------------------------------------------- the command
@@ -132,8 +134,8 @@ def test_a_missing_dragon_is_said_with_the_line_that_installs_it() -> None:
 
 def sorted_output(*pieces: bytes, over: Callable[[], bool] = lambda: True) -> tuple[bytes, bytes]:
     output = LauncherOutput(over)
-    parts = [output.sort(piece) for piece in pieces]
-    return b"".join(a for a, _ in parts) + output.rest(), b"".join(b for _, b in parts)
+    parts = [output.split(piece) for piece in pieces]
+    return b"".join(a for a, _ in parts) + output.flush(), b"".join(b for _, b in parts)
 
 
 SAID = b"one\nno end+++ head proc exited, code -9\nwarning: left\n"
@@ -159,10 +161,10 @@ def test_a_workflow_may_print_the_same_words() -> None:
 
 def test_no_byte_waits_that_cannot_be_dragons() -> None:
     output = LauncherOutput(lambda: True)
-    assert output.sort(b"progress 1%") == (b"progress 1%", b"")
-    assert output.sort(b"+++ head of the list") == (b"+++ head of the list", b"")
-    assert output.sort(b"+++ head proc") == (b"", b"")
-    assert output.sort(b"essing") == (b"+++ head processing", b"")
+    assert output.split(b"progress 1%") == (b"progress 1%", b"")
+    assert output.split(b"+++ head of the list") == (b"+++ head of the list", b"")
+    assert output.split(b"+++ head proc") == (b"", b"")
+    assert output.split(b"essing") == (b"+++ head processing", b"")
 
 
 def test_only_the_memory_of_the_run_is_removed() -> None:
@@ -171,17 +173,17 @@ def test_only_the_memory_of_the_run_is_removed() -> None:
     names = {name: folder / f"{name}{mark}" for name in ("DDold", "DDmine", "DDother", "psm_mine")}
     try:
         names["DDold"].write_bytes(b"x" * 4096)
-        segments = Segments()
+        segments = SegmentTracker()
         maps = []
         for name in ("DDmine", "DDother", "psm_mine"):
             names[name].write_bytes(b"x" * 4096)
         for name in ("DDold", "DDmine", "psm_mine"):
             with names[name].open("r+b") as file:
                 maps.append(mmap.mmap(file.fileno(), 4096))
-        segments.look([os.getpid()])
+        segments.record([os.getpid()])
         for one in maps:
             one.close()
-        assert segments.remove() == [names["DDmine"].name]
+        assert segments.unlink() == [names["DDmine"].name]
         assert [name for name in names if names[name].exists()] == ["DDold", "DDother", "psm_mine"]
     finally:
         for path in names.values():
@@ -190,8 +192,8 @@ def test_only_the_memory_of_the_run_is_removed() -> None:
 
 # ---------------------------------------------------------------------- supervision
 
-# What Dragon's launcher does that matters here: it starts the head below it, says when that has
-# ended, and ends with its code; or whatever WISH says in the place of that.
+# What Dragon's launcher does that matters here: it starts the workflow's runner, prints when that
+# has ended, and ends with its code; or it does what WISH says.
 STAND_IN = """
 import os, signal, subprocess, sys, time
 wish = os.environ.get("WISH", "")
@@ -200,10 +202,10 @@ if "deaf" in wish:
 else:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
-    head = subprocess.Popen([sys.executable, *sys.argv[1:]])
+    runner = subprocess.Popen([sys.executable, *sys.argv[1:]])
     if "agent" in wish:
         subprocess.Popen(["setsid", "sh", "-c", f"exec 9>'{os.environ['ROSTER']}'; sleep 1000; :"])
-    code = head.wait()
+    code = runner.wait()
     if "silent" not in wish:
         print(f"+++ head proc exited, code {code}", flush=True)
     if "hang" in wish:
@@ -218,19 +220,20 @@ except KeyboardInterrupt:
 # argv: the stand-in, whether there are several nodes, and the workflow's words.
 DRIVER = """
 import os, signal, sys
-from rhapsody.launch import supervisor as launcher
-for name in ("ASKED", "TOLD", "ENDED", "NODES", "BEAT"):
+from rhapsody.launch import supervisor
+from rhapsody.launch.dragon.command import LauncherCommand
+for name in ("WORKFLOW_GRACE", "LAUNCHER_GRACE", "LAUNCHER_EXIT", "NODE_EXIT", "HEARTBEAT"):
     wanted = os.environ.get(name)
     if wanted:
-        setattr(launcher, f"{name}_SECONDS", float(wanted))
-launcher.LOST_BEATS = 5
+        setattr(supervisor, f"{name}_SECONDS", float(wanted))
+supervisor.MISSED_HEARTBEATS = 5
 signal.signal(signal.SIGINT, signal.default_int_handler)
-standin, several, *words = sys.argv[1:]
-line = [sys.executable, standin]
-environ = dict(os.environ)
-folder = os.getcwd() if several == "1" else None
-outside = os.environ.get("OUTSIDE")
-sys.exit(launcher.supervise(launcher.Job(line, words, environ, several == "1", folder, outside)))
+standin, remote, *words = sys.argv[1:]
+command = LauncherCommand([sys.executable, standin], remote == "1")
+folder = os.getcwd() if command.remote else None
+socket = os.environ.get("HOST_SOCKET")
+spec = supervisor.LaunchSpec(command, words, dict(os.environ), folder, socket)
+sys.exit(supervisor.supervise(spec))
 """
 
 # argv: the roster, then what to do.
@@ -311,7 +314,9 @@ async def test_the_workflows_exit_code_is_ours(
 ) -> None:
     # On several nodes Dragon's launcher says nothing, and ends with 0.
     wish = "silent zero" if several else ""
-    words = launched(roster, *what, several=several, monkeypatch=monkeypatch, WISH=wish, BEAT="0.2")
+    words = launched(
+        roster, *what, several=several, monkeypatch=monkeypatch, WISH=wish, HEARTBEAT="0.2"
+    )
     async with driver_of(DRIVER, *words) as driver:
         got, out, err = await ended(driver, roster)
     assert got == code, err
@@ -326,7 +331,7 @@ async def test_arguments_and_output_arrive_as_they_are(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = ["--x", "a b", "", "$HOME", "-s", "é"]
-    line = launched(roster, "words", *words, monkeypatch=monkeypatch, ENDED="1000")
+    line = launched(roster, "words", *words, monkeypatch=monkeypatch, LAUNCHER_EXIT="1000")
     async with driver_of(DRIVER, *line) as driver:
         code, out, err = await ended(driver, roster)
     assert code == 0, err
@@ -341,7 +346,12 @@ async def test_a_signal_lets_the_workflow_close(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch, number: int, code: int, several: bool
 ) -> None:
     line = launched(
-        roster, "wait", several=several, monkeypatch=monkeypatch, ASKED="1000", BEAT="0.1"
+        roster,
+        "wait",
+        several=several,
+        monkeypatch=monkeypatch,
+        WORKFLOW_GRACE="1000",
+        HEARTBEAT="0.1",
     )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
@@ -358,7 +368,9 @@ async def test_in_an_image_the_process_outside_has_the_say(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch, end: bool
 ) -> None:
     """By stdin: the numbers of signals, and its end. A signal is the runner's copy of one."""
-    line = launched(roster, "wait", monkeypatch=monkeypatch, ASKED="1000", OUTSIDE="none")
+    line = launched(
+        roster, "wait", monkeypatch=monkeypatch, WORKFLOW_GRACE="1000", HOST_SOCKET="none"
+    )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
         driver.send_signal(signal.SIGTERM)
@@ -380,7 +392,14 @@ async def test_in_an_image_the_process_outside_has_the_say(
 async def test_a_workflow_that_goes_on_and_then_a_launcher_that_may_too(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch, wish: str
 ) -> None:
-    line = launched(roster, "stubborn", monkeypatch=monkeypatch, ASKED="0.2", TOLD="1", WISH=wish)
+    line = launched(
+        roster,
+        "stubborn",
+        monkeypatch=monkeypatch,
+        WORKFLOW_GRACE="0.2",
+        LAUNCHER_GRACE="1",
+        WISH=wish,
+    )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
         driver.send_signal(signal.SIGINT)
@@ -394,7 +413,12 @@ async def test_a_second_signal_ends_all_at_once(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = launched(
-        roster, "stubborn", monkeypatch=monkeypatch, ASKED="1000", TOLD="1000", WISH="deaf agent"
+        roster,
+        "stubborn",
+        monkeypatch=monkeypatch,
+        WORKFLOW_GRACE="1000",
+        LAUNCHER_GRACE="1000",
+        WISH="deaf agent",
     )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
@@ -416,10 +440,10 @@ async def test_a_launcher_that_stays_after_the_workflow_is_ended(
             several=several,
             monkeypatch=monkeypatch,
             WISH=wish,
-            ENDED="0.3",
-            TOLD="0.3",
-            NODES="0.3",
-            BEAT="0.1",
+            LAUNCHER_EXIT="0.3",
+            LAUNCHER_GRACE="0.3",
+            NODE_EXIT="0.3",
+            HEARTBEAT="0.1",
         )
         async with driver_of(DRIVER, *line) as driver:
             got, _, err = await ended(driver, roster)
@@ -427,32 +451,42 @@ async def test_a_launcher_that_stays_after_the_workflow_is_ended(
         assert "still runs" in err
 
 
-async def test_a_workflow_on_another_host_that_gives_no_sign_of_life(
+async def test_a_workflow_on_another_host_without_a_heartbeat(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its node is lost: here, the head is stopped, and with it the beat."""
+    """Its node is lost: here, its runner is stopped, and with it the heartbeat."""
     line = launched(
-        roster, "wait", several=True, monkeypatch=monkeypatch, BEAT="0.1", TOLD="0.5", NODES="0.5"
+        roster,
+        "wait",
+        several=True,
+        monkeypatch=monkeypatch,
+        HEARTBEAT="0.1",
+        LAUNCHER_GRACE="0.5",
+        NODE_EXIT="0.5",
     )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
-        (head,) = [pid for pid in descendants_of(driver.pid) if _runs(pid, "workflow_runner.py", 1)]
-        os.kill(head, signal.SIGSTOP)
+        (runner,) = [
+            pid for pid in descendants_of(driver.pid) if _runs(pid, "workflow_runner.py", 1)
+        ]
+        os.kill(runner, signal.SIGSTOP)
         got, _, err = await ended(driver, roster)
     assert got == 1
-    assert "no sign of life" in err
+    assert "no heartbeat" in err
 
 
 async def test_an_end_that_nobody_reported_is_no_success(
     roster: Fifo, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line = launched(
-        roster, "wait", several=True, monkeypatch=monkeypatch, WISH="silent zero", BEAT="0.1"
+        roster, "wait", several=True, monkeypatch=monkeypatch, WISH="silent zero", HEARTBEAT="0.1"
     )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
-        (head,) = [pid for pid in descendants_of(driver.pid) if _runs(pid, "workflow_runner.py", 1)]
-        os.kill(head, signal.SIGKILL)  # and its child with it
+        (runner,) = [
+            pid for pid in descendants_of(driver.pid) if _runs(pid, "workflow_runner.py", 1)
+        ]
+        os.kill(runner, signal.SIGKILL)  # and its child with it
         got, _, err = await ended(driver, roster)
     assert got == 1
     assert "RHAPSODY_WORK_DIR" in err
@@ -469,8 +503,8 @@ async def test_whoever_is_killed_all_the_others_go(
         several=several,
         monkeypatch=monkeypatch,
         WISH="agent deaf",
-        NODES="0.3",
-        BEAT="0.1",
+        NODE_EXIT="0.3",
+        HEARTBEAT="0.1",
     )
     async with driver_of(DRIVER, *line) as driver:
         assert await roster.line() == "up"
@@ -524,10 +558,10 @@ def test_dragon_finds_its_programs_beside_the_one_that_is_started(tmp_path: Path
     ours, player = str(tmp_path / "ours"), str(tmp_path / "player")
 
     def path_on(path: str) -> str:
-        return dragon_command.path_for(f"{ours}/dragon", {"PATH": path})
+        return path_with_launcher(f"{ours}/dragon", {"PATH": path})
 
     assert path_on("/bin") == f"{ours}:/bin"
     assert path_on("") == ours
     assert path_on(f"{player}:{ours}") == f"{ours}:{player}:{ours}"
     assert path_on(f"/bin:{ours}:{player}") == f"/bin:{ours}:{player}"
-    assert dragon_command.path_for("dragon", {"PATH": "/bin"}) == "/bin"
+    assert path_with_launcher("dragon", {"PATH": "/bin"}) == "/bin"

@@ -21,7 +21,7 @@ import pytest
 
 from fifos import PATIENCE, Fifo
 from processes import descendants_of, driver_of, gone
-from rhapsody.launch.apptainer import Image, other_side
+from rhapsody.launch.apptainer import Image, enter_image
 
 # The shell that began the tests may ignore Ctrl-C, and then a launch would too.
 LAUNCH = """
@@ -223,7 +223,7 @@ def entered() -> list[str]:
 
 def test_ssh_gets_one_word_that_enters_the_image() -> None:
     environ = {"APPTAINER_NV": "1", "APPTAINER_DOCKER_PASSWORD": "secret", "X": "1"}
-    words, environ = other_side(IMAGE, SSH, {"PATH": "/in"}, environ)
+    words, environ = enter_image(IMAGE, SSH, {"PATH": "/in"}, environ)
     assert words[:3] == SSH[:3]
     there = subprocess.run(["sh", "-c", f"printf '%s\\n' {words[3]}"], capture_output=True).stdout
     assert there.decode().splitlines() == [
@@ -236,7 +236,7 @@ def test_srun_and_mpiexec_get_the_image_before_the_command() -> None:
     options = ["--nodes=2", "--ntasks=2", "--cpu_bind=none", "--nodelist=a,b"]
     command = ["dragon-backend", "--ip-addr", "1.2.3.4:7575"]
     for program in ("srun", "mpiexec"):
-        words, environ = other_side(
+        words, environ = enter_image(
             IMAGE, [program, *options, *command], {"PATH": "/in", "DRAGON_X": "1"}, {"PATH": "/out"}
         )
         assert words == [program, *options, *entered(), *command]
@@ -273,7 +273,7 @@ def test_a_program_that_is_missing_outside_is_named(roster: Fifo) -> None:
 # A stand-in that finds the answer there, and who gave it gone, when it goes on after its question.
 LATE = """
 import select, socket
-from rhapsody.launch import host_shim as outside
+from rhapsody.launch import host_shim
 
 def ask(connection, *words, send=socket.send_fds):
     sent = send(connection, *words)
@@ -283,7 +283,7 @@ def ask(connection, *words, send=socket.send_fds):
     return sent
 
 socket.send_fds = ask
-outside.main()
+host_shim.main()
 """
 
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 _HERE = Path(__file__).parent
+_NEEDED = [str(Path(__file__).resolve().parents[2]), sys.prefix]  # the clone, and its interpreter
 
 # Becomes the leader of a group that its own namespace knows (the group that we make has the number
 # 0 in there), goes where it shall run, and turns into the command.
@@ -56,7 +57,7 @@ class _Box:
         inside: _Box | None = None,
     ) -> None:
         names = "-mipf" + ("n" if network else "") + ("u" if hostname else "")
-        init = ["/bin/sh", str(_HERE / "init.sh"), shm, hostname, hosts]
+        init = ["/bin/sh", str(_HERE / "init.sh"), shm, hostname, hosts, *_NEEDED]
         words = ["unshare", names, "--mount-proc", "--kill-child=KILL", *init]
         self.namespaces = ["-m", "-i", "-p", *(["-n"] * network), *(["-u"] * bool(hostname))]
         self._starter = subprocess.Popen(

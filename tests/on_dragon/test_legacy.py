@@ -365,7 +365,7 @@ def test_a_policy_of_the_tasks_own(dragon: Runtime) -> None:
         (DragonExecutionBackendV2, {"slots": 2}, "'slots'; accepted: workers, working_dir"),
         (DragonExecutionBackendV2, {"workers": 0}, "at least 1, not 0"),
         (DragonExecutionBackendV2, {"workers": True}, "at least 1, not True"),
-        (DragonExecutionBackendV1, {"working_dir": "/not/there"}, "a folder that is there"),
+        (DragonExecutionBackendV1, {"working_dir": "/not/there"}, "an existing folder"),
         (DragonExecutionBackendV1, "dragon", "resources must be a dict"),
     ],
 )

@@ -15,7 +15,6 @@ import pytest
 from rhapsody import ComputeTask
 from rhapsody.api import Resources
 from rhapsody.api.errors import TaskExecutionError
-from rhapsody.backends import DragonExecutionBackendV1
 from rhapsody.cli import doctor
 
 from . import small, work
@@ -98,18 +97,11 @@ def pinned(host: str | None) -> dict[str, Any]:
     return {"policy": Policy(placement=Policy.Placement.HOST_NAME, host_name=host)}
 
 
-async def open_both() -> None:
-    await work.open_session()
-    v1 = DragonExecutionBackendV1(name="v1")
-    work.session().add_backend(v1)
-    await v1
-
-
 @pytest.fixture(scope="module")
 def dragon(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     folder = tmp_path_factory.mktemp("mpi")
     with Runtime(sandbox, small.environment(4), launcher=LAUNCH, cwd=folder) as runtime:
-        runtime.call(open_both)
+        runtime.call(work.open_both)
         yield runtime
         runtime.call(work.close_session)
         assert runtime.stop().code == 0
@@ -171,7 +163,7 @@ def test_a_world_over_two_nodes(tmp_path: Path) -> None:
     with Nodes(2) as place:
         launcher = [*LAUNCH, "--hosts", ",".join(place.hosts)]
         with Runtime(place, env, launcher=launcher, cwd=tmp_path) as runtime:
-            runtime.call(open_both)
+            runtime.call(work.open_both)
             slow.write_text("5")
             runtime.call_within(170, check_both, place.hosts)
             runtime.call(work.close_session)

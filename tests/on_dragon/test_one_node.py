@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rhapsody.backends.execution.dragon.node.worker import GroupJoinPatch
+from rhapsody.backends.execution.dragon.node.group_join import GroupJoinPatch
 from rhapsody.backends.execution.dragon.runtime import meet_local_services
 
 from . import raw, small

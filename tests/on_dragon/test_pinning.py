@@ -12,7 +12,6 @@ import pytest
 from rhapsody import ComputeTask
 from rhapsody.api import Resources
 from rhapsody.api.errors import ResourceError
-from rhapsody.backends import DragonExecutionBackendV1
 from rhapsody.runtime.machine.hardware import granted_cores
 
 from . import small, work
@@ -48,18 +47,11 @@ def core(backend: str) -> int:
 def dragon(sandbox: Sandbox, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runtime]:
     folder = tmp_path_factory.mktemp("pinning")
     with Runtime(sandbox, small.environment(CPUS, GPUS), cwd=folder) as runtime:
-        runtime.call(open_both)
+        runtime.call(work.open_both)
         yield runtime
         runtime.call(work.close_session)
         assert runtime.stop().code == 0
         assert sandbox.left() == []
-
-
-async def open_both() -> None:
-    await work.open_session()
-    v1 = DragonExecutionBackendV1(name="v1")
-    work.session().add_backend(v1)
-    await v1
 
 
 async def _gpus(backend: str) -> None:

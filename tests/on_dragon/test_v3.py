@@ -46,9 +46,9 @@ def options(**given: Any) -> dict[str, Any]:
 
 def _our_cpu() -> float:
     """CPU seconds so far of the agent, of our threads in the driver, and of its event loop."""
-    post = work.backend()._post
-    assert post is not None
-    (agent,) = [facts["pid"] for facts in post.facts.values()]
+    agents = work.backend()._agents
+    assert agents is not None
+    (agent,) = [info.pid for info in agents.info.values()]
     ours = [t.native_id for t in threading.enumerate() if t.name.startswith(("dragon-", "Main"))]
     tasks = [Path("/proc/self/task", str(thread)) for thread in ours]
     tasks += Path("/proc", str(agent), "task").iterdir()
@@ -465,7 +465,7 @@ async def _given_up_while_it_opens() -> None:
         await backend
 
     starting = asyncio.create_task(start())
-    while not backend._numbers:
+    while not backend._last_executor:
         await asyncio.sleep(0.02)
     assert backend._starting is not None
     backend._starting.cancel()  # as the end of asyncio.run does with all that is left

@@ -104,7 +104,7 @@ async def _kill(marker: str) -> dict[str, Any]:
     await work.session().submit_tasks(tasks[1:])
     while not any(task.state == "RUNNING" for task in tasks[1:]):
         await asyncio.sleep(0.05)
-    assert len(work.backend()._crews) == 2
+    assert len(work.backend()._executors) == 2
     other = next(host for host in work.backend().topology() if host != work.host())
     Path(marker).write_text(other)  # not the node that we are on
     began = time.monotonic()

@@ -9,7 +9,7 @@ import time
 from typing import Any
 
 from rhapsody import ComputeTask, Session
-from rhapsody.backends import DragonExecutionBackendV3
+from rhapsody.backends import DragonExecutionBackendV1, DragonExecutionBackendV3
 
 _session: Session | None = None
 _backend: DragonExecutionBackendV3 | None = None
@@ -30,6 +30,14 @@ async def open_session(**settings: Any) -> None:
     _backend = DragonExecutionBackendV3(**settings)
     _session = Session(backends=[_backend])
     await _backend
+
+
+async def open_both() -> None:
+    """A session with V3, and with V1 by the name v1."""
+    await open_session()
+    v1 = DragonExecutionBackendV1(name="v1")
+    session().add_backend(v1)
+    await v1
 
 
 async def close_session() -> float:

@@ -48,17 +48,21 @@ def tools(images: None) -> str:
 
 
 @pytest.fixture(scope="session")
-def apptainer() -> Path:
-    """Apptainer's program."""
+def apptainer() -> Iterator[Path]:
+    """Apptainer's program, which a build of ours finds on the PATH."""
     program = apptainer_of_debian.ensure()
     sys.stderr.write(f"{apptainer_of_debian.version(program)}\n")
-    return program
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("PATH", str(program.parent), prepend=os.pathsep)
+        # Fast to make; the default is of the smallest size, and known to every Apptainer.
+        environ.setenv("APPTAINER_MKSQUASHFS_ARGS", "-comp zstd -Xcompression-level 1")
+        yield program
 
 
 @pytest.fixture(scope="session")
 def sif(images: None, apptainer: Path) -> Path:
     """The SIF of the image `full`."""
-    return built.sif(apptainer)
+    return built.sif()
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from .apptainer import CACHE
 SHM = "--shm-size=6g"
 #: makes Dragon bearable on two cores: where the product's own patches are in the images
 SMALL = "/opt/rhapsody/lib/python3.11/site-packages/rhapsody/launch/dragon/_sitecustomize"
+#: what the tests of the package read beside it
+PROJECT = ["tests", "examples", "docs", "README.md", "pyproject.toml"]
 #: where the tools of the tests are, in the image and, for the SIF, on the machine
 TOOLS = Path("/opt/testing")
 
@@ -100,7 +102,7 @@ def tools_of(image: str) -> Path:
     return folder
 
 
-def sif(apptainer: Path) -> Path:
+def sif() -> Path:
     """Build the SIF unless one of the same image is here, and return its path."""
     full = docker_engine.image("full")
     digest = docker("image", "inspect", "--format", "{{.Id}}", full).partition(":")[2][:16]
@@ -108,13 +110,24 @@ def sif(apptainer: Path) -> Path:
     if not path.exists():
         for old in CACHE.glob("rhapsody-*.sif"):
             old.unlink()
-        os.environ["PATH"] = f"{apptainer.parent}:{os.environ['PATH']}"
-        # Fast to make; the default is of the smallest size, and known to every Apptainer.
-        os.environ["APPTAINER_MKSQUASHFS_ARGS"] = "-comp zstd -Xcompression-level 1"
         fresh = path.with_suffix(f".{os.getpid()}.sif")
         docker_engine.build("sif", options=("--sif", str(fresh)))
         fresh.rename(path)
     return path
+
+
+def copy_project(folder: Path) -> Path:
+    """Copy what the installed package's tests read, for users who cannot reach the clone."""
+    project = folder / "project"
+    project.mkdir()
+    for name in PROJECT:
+        source, target = ROOT / name, project / name
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, target)
+    subprocess.run(["chmod", "-R", "a+rX", str(project)], check=True, timeout=60)
+    return project
 
 
 @contextlib.contextmanager

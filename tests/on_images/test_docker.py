@@ -15,7 +15,7 @@ import pytest
 from integration import docker_engine, machine
 from integration.docker_engine import ROOT, docker, image
 
-from .images import SHM, SMALL, SMALL_MELT, in_docker
+from .images import PROJECT, SHM, SMALL, SMALL_MELT, in_docker
 
 TARGETS = ("core", "dask", "dragon", "full")
 SQUARES = "[0, 1, 4, 9, 16, 25, 36, 49]"
@@ -91,8 +91,7 @@ def test_a_build_without_an_engine_says_so(tmp_path: Path) -> None:
 
 
 def test_the_units_of_the_installed_package(tools: str) -> None:
-    mounted = ["tests", "examples", "docs", "README.md", "pyproject.toml"]
-    volumes = [f"--volume={ROOT / name}:/project/{name}:ro" for name in mounted]
+    volumes = [f"--volume={ROOT / name}:/project/{name}:ro" for name in PROJECT]
     done = in_docker(
         tools,
         *("pytest", "-p", "no:cacheprovider", "-q", "-m", "not demo"),

@@ -14,7 +14,6 @@ from pathlib import Path
 import pytest
 
 from integration import docker_engine, machine
-from integration.docker_engine import ROOT
 
 from . import images as built
 from .images import SMALL
@@ -85,7 +84,7 @@ def test_the_units_of_the_installed_package(
     """Those of what an image might break: processes, signals, MPI and memory."""
     local = ["executables", "warden", "workers", "mpi", "driver_death"]
     words: list[str | Path] = ["exec", "--bind", f"{built.tools_of(tools)}:{built.TOOLS}"]
-    words += ["--bind", f"{ROOT}:/project:ro", "--pwd", "/project", sif]
+    words += ["--bind", f"{built.copy_project(folder)}:/project:ro", "--pwd", "/project", sif]
     words += ["pytest", "-p", "no:cacheprovider", "-q", f"--basetemp={folder}/pytest"]
     words += [f"tests/runtime/test_{name}.py" for name in local]
     words += ["tests/test_mixture.py", "tests/launch/test_launch.py"]
@@ -101,7 +100,7 @@ def test_the_units_of_the_installed_package(
 
 def test_the_melt_example(sif: Path, apptainer: Path, tools: str, folder: Path) -> None:
     words: list[str | Path] = ["exec", "--bind", f"{built.tools_of(tools)}:{built.TOOLS}"]
-    words += ["--bind", f"{ROOT}/examples:/examples:ro", sif]
+    words += ["--bind", f"{built.copy_project(folder)}/examples:/examples:ro", sif]
     words += ["rhapsody", "run", "/examples/melt/workflow.py", *built.SMALL_MELT]
     env = {
         "APPTAINERENV_PYTHONPATH": f"{built.TOOLS}/lib/python3.11/site-packages",

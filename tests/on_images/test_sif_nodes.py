@@ -127,7 +127,7 @@ with socket.socket(socket.AF_UNIX) as connection:
     connection.connect("\\0" + sys.argv[1])
     connection.settimeout(30)
     try:
-        connection.sendall(b'{"words": ["ssh", "a", "dragon-backend"], "environ": {}}\\n')
+        connection.sendall(b'{"argv": ["ssh", "a", "dragon-backend"], "environ": {}}\\n')
         print(connection.recv(99))
     except (BrokenPipeError, ConnectionResetError):
         print(b"")

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from fifos import Fifo
-from processes import alive, children_of, descendants_of, driver_of, gone, is_warden
+from proc import is_warden
+from processes import alive, children_of, descendants_of, driver_of, gone
 
 HEAD = """
 import asyncio, os, signal, sys

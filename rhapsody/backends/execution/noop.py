@@ -1,4 +1,4 @@
-"""A backend that completes tasks without running them, to measure everything around it."""
+"""A backend that completes tasks without running them, to measure the cost of everything else."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ __all__ = ["NoopExecutionBackend"]
 
 
 class NoopExecutionBackend(BaseExecutionBackend):
-    """Complete every task at once, DONE, with None for its result."""
+    """Completes every task at once: DONE, with the result None.
+
+    Args:
+        name: the backend's name.
+    """
 
     kinds = frozenset({"function", "executable", "ai"})
     takes_plain_functions = True
@@ -17,7 +21,7 @@ class NoopExecutionBackend(BaseExecutionBackend):
         super().__init__(name)
 
     def check(self, task: Task) -> None:
-        """Accept every task, with the options of any other backend: a dry run needs that."""
+        """Accept every task, with any options: a dry run of a workflow has those of its backend."""
 
     async def _submit(self, tasks: list[Task]) -> None:
         self.deliver_all(tasks, "DONE")

@@ -1,1 +1,1 @@
-"""Dragon's command line, and what its launcher needs around it."""
+"""Dragon's command line, and what its launcher needs to run and to end."""

@@ -1,4 +1,4 @@
-"""The command line that starts Dragon's launcher on what this machine or allocation has.
+"""Composes the command line of Dragon's launcher for this machine, an allocation or some hosts.
 
 Read in dragonhpc 0.15.0, `launcher/launchargs.py` and `launcher/wlm/`: which workload managers it
 knows, and by which variables it sees an allocation.
@@ -15,161 +15,100 @@ from typing import NamedTuple
 
 from rhapsody.runtime.errors import ResourceError
 
-from .shared_memory import SHARED_MEMORY, free_bytes
+from ..allocation import Allocation, find_allocation
 
-__all__ = [
-    "POOL_SIZE",
-    "Line",
-    "check_shared_memory",
-    "find_launcher",
-    "line_for",
-    "needed_bytes",
-    "path_for",
-]
+__all__ = ["LauncherCommand", "build_command", "find_launcher", "path_with_launcher"]
 
-#: the variable for the bytes of the pool that Dragon gives to the programs of a node
-POOL_SIZE = "DRAGON_DEFAULT_SEG_SZ"
-_POOL = 4 << 30  # its default
-_OTHER_POOLS = 1 << 30  # the size of each of the two pools that Dragon makes for itself
+# Values of Dragon's --wlm.
+_WORKLOAD_MANAGERS = {"Slurm": "slurm", "PBS": "pbs+pals"}
 
-# A name or an address; it goes to ssh, where a first dash would begin an option.
+# A name or an address; it goes to ssh, where a leading dash would begin an option.
 _HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_.:-]*[A-Za-z0-9_])?")
 
 
-class Line(NamedTuple):
-    """Dragon's line without the program, and how many nodes it is for."""
+class LauncherCommand(NamedTuple):
+    """A command line of Dragon's launcher that lacks only the script and its arguments."""
 
-    words: list[str]
-    nodes: int
-
-
-class _Allocation(NamedTuple):
-    """What a workload manager has granted to this job."""
-
-    wlm: str  # as Dragon's --wlm has it
-    job: str
-    nodes: int
+    argv: list[str]
+    remote: bool  # whether the workflow may run on another host
 
 
 def find_launcher(environ: Mapping[str, str]) -> str | None:
     """Return the path of the program `dragon`: beside this interpreter, else on the PATH.
 
-    In this order, because another program, a media player, has the same name.
+    In this order, because a media player has the same name.
     """
     here = os.path.dirname(sys.executable)
     return shutil.which("dragon", path=here) or shutil.which("dragon", path=environ.get("PATH"))
 
 
-def path_for(launcher: str, environ: Mapping[str, str]) -> str:
-    """Return a PATH on which Dragon finds its other programs: as it is, if it finds this one."""
+def path_with_launcher(launcher: str, environ: Mapping[str, str]) -> str:
+    """Return a PATH on which Dragon finds its other programs, which are beside its launcher.
+
+    It is the PATH of `environ` if `dragon` is found there to be this launcher.
+    """
     path, here = environ.get("PATH", ""), os.path.dirname(launcher)
     if not here or shutil.which("dragon", path=path) == launcher:
         return path
     return here + (os.pathsep + path if path else "")
 
 
-def line_for(
+def build_command(
     launcher: str, nodes: int | None, hosts: Sequence[str], environ: Mapping[str, str]
-) -> Line:
-    """Compose the line for some nodes: of `hosts` by ssh, else of the allocation, else this one.
+) -> LauncherCommand:
+    """Compose the command for nodes among `hosts`, else of the allocation, else for this machine.
 
-    `nodes` None stands for all of them.
+    Args:
+        launcher: the path of the program.
+        nodes: how many nodes to use; None for all that there are.
+        hosts: names of hosts to reach by ssh, or nothing.
+        environ: describes the allocation, if there is one.
 
     Raises:
-        ResourceError: there are not so many; says how many there are, and of what.
-        ValueError: a host has no name that ssh could take, or is named twice.
+        ResourceError: there are fewer nodes; the message says how many, and of what.
+        ValueError: a host has a name that ssh could not take, or is named twice.
     """
     if hosts:
         return _over_ssh(launcher, nodes, hosts)
-    granted = _allocation(environ)
+    allocation = find_allocation(environ)
     if nodes is None:
-        nodes = granted.nodes if granted else 1
-    if granted is None and nodes > 1:
+        nodes = allocation.nodes if allocation else 1
+    _check_nodes(nodes, allocation)
+    if allocation is None or nodes == 1:
+        # Always -s: where srun or qstat is installed Dragon would use it without, and may refuse.
+        return LauncherCommand([launcher, "-s"], remote=False)
+    manager = _WORKLOAD_MANAGERS[allocation.manager]
+    return LauncherCommand([launcher, "-N", str(nodes), "--wlm", manager], remote=True)
+
+
+def _check_nodes(nodes: int, allocation: Allocation | None) -> None:
+    if allocation is None and nodes > 1:
         raise ResourceError(
             f"--nodes {nodes}: found no allocation (neither SLURM_JOB_ID nor PBS_NODEFILE is set), "
             "so that this machine is all there is; start it inside a Slurm or PBS job, or name the "
             "machines to reach by ssh: --hosts a,b"
         )
-    if granted is not None and nodes > granted.nodes:
+    if allocation is not None and nodes > allocation.nodes:
         raise ResourceError(
-            f"--nodes {nodes}: {granted.job} has {_count(granted.nodes)}; ask for {nodes} when the "
-            f"job is made, or take --nodes {granted.nodes} or less"
+            f"--nodes {nodes}: {allocation} has {_count(allocation.nodes)}; ask for {nodes} when "
+            f"you submit the job, or give --nodes {allocation.nodes} or less"
         )
-    if granted is None or nodes == 1:
-        # Always -s: where srun or qstat is installed the plain form takes to it, and may refuse.
-        return Line([launcher, "-s"], 1)
-    return Line([launcher, "-N", str(nodes), "--wlm", granted.wlm], nodes)
 
 
-def _over_ssh(launcher: str, nodes: int | None, hosts: Sequence[str]) -> Line:
+def _over_ssh(launcher: str, nodes: int | None, hosts: Sequence[str]) -> LauncherCommand:
     for host in hosts:
         if not _HOST.fullmatch(host):
-            raise ValueError(f"--hosts: {host!r} is no name of a host; names are as in a,b,c")
+            raise ValueError(f"--hosts: {host!r} is not the name of a host; give them as a,b,c")
     if len(set(hosts)) < len(hosts):
         raise ValueError("--hosts: a host is named twice; each is one node")
     if nodes is not None and nodes > len(hosts):
         raise ResourceError(
             f"--nodes {nodes}: --hosts has {_count(len(hosts))}; name {nodes}, or leave --nodes out"
         )
-    hosts = hosts[:nodes]
+    names = ",".join(hosts[:nodes])
     # Without -t tcp Dragon takes its own agent for fast fabrics, which does not start elsewhere.
-    words = ["--wlm", "ssh", "--hostlist", ",".join(hosts), "-t", "tcp"]
-    return Line([launcher, *words], len(hosts))
-
-
-def _allocation(environ: Mapping[str, str]) -> _Allocation | None:
-    job = environ.get("SLURM_JOB_ID")
-    if job:
-        count = environ.get("SLURM_JOB_NUM_NODES", "")
-        return _Allocation("slurm", f"the Slurm job {job}", int(count) if count.isdigit() else 1)
-    path = environ.get("PBS_NODEFILE")
-    if path:
-        job = f"the PBS job {environ.get('PBS_JOBID', '')}".rstrip()
-        try:
-            with open(path) as file:
-                nodes = {line.strip() for line in file} - {""}  # a line for each slot of a node
-        except OSError as error:
-            raise ResourceError(
-                f"{job}: cannot read PBS_NODEFILE {path}: {error.strerror}"
-            ) from None
-        return _Allocation("pbs+pals", job, len(nodes) or 1)
-    return None
-
-
-def needed_bytes(environ: Mapping[str, str]) -> int:
-    """Return how much of /dev/shm has to be free for Dragon to start.
-
-    Dragon makes three pools, one after another, and none that is larger than what is free then,
-    although little of it is ever written. A pool has a second file, for its blocks: of 64 MiB and
-    3/256 of the pool's size (seen with 0.15.0). To that comes what the pools before it have
-    written.
-
-    Raises:
-        ResourceError: the size that the environment gives is no number.
-    """
-    given = environ.get(POOL_SIZE) or str(_POOL)
-    if not given.isdigit() or int(given) < 1:
-        raise ResourceError(f"{POOL_SIZE} must be a number of bytes, not {given!r}")
-    largest = max(int(given), _OTHER_POOLS)
-    return largest + largest * 3 // 256 + (2 * 64 << 20)
-
-
-def check_shared_memory(
-    folder: str = SHARED_MEMORY, environ: Mapping[str, str] = os.environ
-) -> None:
-    """See that there is the shared memory that Dragon needs to start; with less it hangs.
-
-    Raises:
-        ResourceError: there is less; says how a container gets more.
-    """
-    free, needed = free_bytes(folder), needed_bytes(environ)
-    if free is None or free < needed:
-        found = "there is none" if free is None else f"{free / (1 << 20):,.0f} MiB are free"
-        raise ResourceError(
-            f"{folder}: {found}, and Dragon needs {needed >> 20:,} MiB; remove what other runs "
-            "left there, give a container more (docker run --shm-size=6g; Kubernetes: an emptyDir "
-            f"with medium: Memory on /dev/shm), or Dragon a smaller pool: {POOL_SIZE}={1 << 30}"
-        )
+    argv = [launcher, "--wlm", "ssh", "--hostlist", names, "-t", "tcp"]
+    return LauncherCommand(argv, remote=True)
 
 
 def _count(nodes: int) -> str:

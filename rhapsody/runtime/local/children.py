@@ -1,7 +1,6 @@
-"""A driver's end of the warden: child processes in groups of their own, which never outlive it.
+"""Child processes of this process, in groups of their own, which never outlive it.
 
-`Children` starts one warden (see `warden`) with the first child, and tells of starts and ends in
-bursts, on the thread of the event loop that it was made for.
+They are started and ended by the warden, a process of its own: see `warden`.
 """
 
 from __future__ import annotations
@@ -10,46 +9,58 @@ import asyncio
 import contextlib
 import errno
 import logging
-import marshal
 import os
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 from rhapsody.runtime.errors import BackendError
 from rhapsody.runtime.text import plain_str
 
 from .frames import keep_from_forks
-from .warden import __main__ as warden
+from .warden import messages
+from .warden.messages import Started
+from .warden.process_tree import ProcessTable, descendants, kill, suspend
 
 __all__ = ["RESOURCE_ERRNOS", "Children", "Ended", "Launch", "Started"]
 
 logger = logging.getLogger(__name__)
 
-#: bytes of each output that are kept in memory; what is more goes to a file
-OUTPUT_LIMIT = 1 << 20
-#: what is wrong with the machine, not with the task: no descriptors, memory, processes or space
+#: errors for which the machine is to blame, not the task: no descriptors, memory, processes, space
 RESOURCE_ERRNOS = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EIO}
 )
-# Seconds for the warden to end what is left and go, after its socket is closed; it takes 0.5 s
+#: bytes of each output that are kept in memory; what is more goes to a file
+OUTPUT_LIMIT = 1 << 20
+# Seconds for the warden to end what is left and exit, after its socket is closed; it takes 0.5 s
 # where a child ignores SIGTERM.
-_LEAVE = 10.0
+_EXIT_TIMEOUT = 10.0
+_WARDEN = str(Path(__file__).with_name("warden"))
+# As a shell has it: not found, found and not executable.
+_EXIT_CODES = {errno.ENOENT: 127, errno.EACCES: 126, errno.ENOEXEC: 126}
 
 
 @dataclass(frozen=True)
 class Launch:
     """A child process to start.
 
-    `stdin` is what the child reads, or as a text the path of a file; `stdout_path` and
-    `stderr_path` are where the outputs go: from the first byte with `to_files`, else what is more
-    than `OUTPUT_LIMIT` bytes.
+    Attributes:
+        argv: the program, looked for on the child's PATH unless it has a slash, and its arguments.
+        stdout_path: the file for stdout, for all of it where there are more than `OUTPUT_LIMIT`
+            bytes.
+        stderr_path: the same for stderr.
+        to_files: let the child write to these files itself, however little that is.
+        cwd: its working directory, by default this process's.
+        env: variables that are added to this process's.
+        env_replace: give it no others than `env`.
+        stdin: what the child reads, or as a `str` the path of a file that it reads.
+        cores: what to pin the child to.
     """
 
     argv: Sequence[str]
@@ -63,20 +74,23 @@ class Launch:
     cores: Sequence[int] = ()
 
 
-class Started(NamedTuple):
-    """A child runs."""
-
-    key: int
-    pid: int
-    started: float
-
-
 class Ended(NamedTuple):
-    """A child and its whole group are gone, or it could not be started (`refused`, an errno).
+    """A child and its whole process group are gone, or it could not be started.
 
-    Texts are decoded with replacement. Of an output that went to a file the text is the end of
-    it, after a line that says so. `error` says what of the infrastructure failed, if anything did.
-    `successor` is the key of the queued child that was started in its place.
+    Attributes:
+        key: as `Children.run` returned it.
+        exit_code: minus the signal's number where a signal ended it.
+        killed: whether `Children.kill` was asked for it while it ran.
+        stdout: decoded with replacement. Of an output that went to a file, its end, after a line
+            that says so.
+        stderr: the same.
+        stdout_file: the path, where it went to a file because it was large.
+        stderr_file: the same.
+        started: seconds of `time.monotonic`, as `ended`.
+        ended: when the child itself had ended.
+        refused: the error number of the failed start; `stderr` says more.
+        error: what failed of the infrastructure.
+        successor: the key of the queued child that was started in its place.
     """
 
     key: int
@@ -112,17 +126,18 @@ class Children:
         self._loop = loop or asyncio.get_running_loop()
         self._sock: socket.socket | None = None
         self._popen: subprocess.Popen[bytes] | None = None
-        self._begun: int | None = None  # descriptor; see `_last_begun`
-        self._inbox = bytearray()
+        self._mark: int | None = None  # descriptor; see `_last_begun`
+        self._inbox = messages.MessageBuffer()
         self._outbox = bytearray()
         self._sending = False
-        self._keys = 0
-        # By key, what the warden was asked for, to be asked of the next where this one is lost
-        # before it began: None once the child has started, () once it shall not any more.
-        self._live: dict[int, tuple[Any, ...] | None] = {}
+        self._last_key = 0
+        # By key, what the next warden starts where this one is lost before it began: None once the
+        # child has started, or is to be killed.
+        self._live: dict[int, messages.Run | None] = {}
+        self._to_kill: set[int] = set()  # keys of those that had not started when it was asked for
         self._guarded: set[int] = set()
-        self._environ: dict[str, str] = {}
-        self._home = ""
+        self._environment: dict[str, str] = {}  # as the warden has it
+        self._directory = ""
 
     # ------------------------------------------------------------------ requests
 
@@ -137,24 +152,24 @@ class Children:
             ValueError, TypeError: `launch` holds what no process can be given.
         """
         self._ensure_warden()
-        key = self._keys + 1
         stdin = launch.stdin
-        to_files = bool(launch.to_files)
-        request = (
-            "wait" if queued else "run",
-            key,
-            [plain_str(word) for word in launch.argv],
-            None if launch.cwd is None else plain_str(launch.cwd),
-            {plain_str(k): plain_str(v) for k, v in launch.env.items()} if launch.env else None,
-            bool(launch.env_replace),
-            b"".join([stdin]) if isinstance(stdin, bytes) else stdin and plain_str(stdin),
-            [(to_files, plain_str(launch.stdout_path)), (to_files, plain_str(launch.stderr_path))],
-            OUTPUT_LIMIT,
-            list(launch.cores),
+        request = messages.Run(
+            key=self._last_key + 1,
+            argv=[plain_str(word) for word in launch.argv],
+            stdout_path=plain_str(launch.stdout_path),
+            stderr_path=plain_str(launch.stderr_path),
+            to_files=bool(launch.to_files),
+            limit=OUTPUT_LIMIT,
+            cwd=None if launch.cwd is None else plain_str(launch.cwd),
+            env={plain_str(k): plain_str(v) for k, v in launch.env.items()} if launch.env else {},
+            env_replace=bool(launch.env_replace),
+            stdin=b"".join([stdin]) if isinstance(stdin, bytes) else stdin and plain_str(stdin),
+            cores=list(launch.cores),
+            queued=queued,
         )
-        self._request(*request)
-        self._keys, self._live[key] = key, request
-        return key
+        self._request(request)
+        self._last_key, self._live[request.key] = request.key, request
+        return request.key
 
     def sync_environment(self) -> None:
         """Let the children that are started from now on have this process's environment of now.
@@ -164,54 +179,55 @@ class Children:
         """
         if self._sock is None:
             return  # a new warden is told anyway
-        environ = dict(os.environ)
-        if environ != self._environ:
-            self._environ = environ
-            self._request("environ", environ)
+        environment = dict(os.environ)
+        if environment != self._environment:
+            self._environment = environment
+            self._request(messages.Environment(environment))
         try:
-            home = os.getcwd()
+            directory = os.getcwd()
         except OSError:  # it was removed; the warden is still there
             return
-        if home != self._home:
-            self._home = home
-            self._request("home", home)
+        if directory != self._directory:
+            self._directory = directory
+            self._request(messages.Directory(directory))
 
     def start_now(self, key: int) -> None:
         """Start a queued child, unless it has been started meanwhile."""
-        request = self._live.get(key)
-        if request:
-            self._live[key] = ("run", *request[1:])
-        self._request("go", key)
+        run = self._live.get(key)
+        if run is not None:
+            self._live[key] = run._replace(queued=False)
+        self._request(messages.StartNow(key))
 
     def kill(self, key: int, grace: float) -> None:
         """End a child's group: SIGTERM, and SIGKILL after `grace` seconds. `Ended` follows."""
         if key in self._live:
             if self._live[key] is not None:
-                self._live[key] = ()
-            self._request("kill", key, grace)
+                self._live[key] = None
+                self._to_kill.add(key)
+            self._request(messages.Kill(key, grace))
 
     def guard(self, pid: int) -> None:
-        """Take the process group of a child that we started ourselves down with us."""
+        """Have the process group of a child that we started ourselves killed when we are gone."""
         self._ensure_warden()
         self._guarded.add(pid)
-        self._request("guard", pid)
+        self._request(messages.Guard(pid))
 
     def unguard(self, pid: int) -> None:
         """Forget a guarded group, which has ended."""
         self._guarded.discard(pid)
         if self._sock is not None:
-            self._request("unguard", pid)
+            self._request(messages.Unguard(pid))
 
     async def close(self) -> None:
         """End what is left, then the warden."""
         popen, self._popen = self._popen, None
         if popen is None:
             return
-        self._hang_up()
+        self._disconnect()
         try:
-            await asyncio.to_thread(popen.wait, _LEAVE)
+            await asyncio.to_thread(popen.wait, _EXIT_TIMEOUT)
         except subprocess.TimeoutExpired:
-            logger.error("the warden (pid %d) did not leave within %g s", popen.pid, _LEAVE)
+            logger.error("the warden (pid %d) did not exit within %g s", popen.pid, _EXIT_TIMEOUT)
             popen.kill()
             popen.wait()
 
@@ -222,12 +238,12 @@ class Children:
             return
         with contextlib.ExitStack() as undo:
             try:
-                begun = _shared_number()
-                undo.callback(os.close, begun)
+                mark = _shared_number()
+                undo.callback(os.close, mark)
                 ours, theirs = map(undo.enter_context, socket.socketpair())
-                fds = [theirs.fileno(), begun]
+                fds = [theirs.fileno(), mark]
                 self._popen = subprocess.Popen(
-                    [sys.executable, "-I", "-S", warden.__file__, *map(str, fds)],
+                    [sys.executable, "-I", "-S", _WARDEN, *map(str, fds)],
                     pass_fds=fds,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,
@@ -240,30 +256,29 @@ class Children:
             undo.pop_all()
         theirs.close()
         ours.setblocking(False)
-        self._sock, self._begun = ours, begun
+        self._sock, self._mark = ours, mark
         keep_from_forks(ours)
-        self._environ, self._home = {}, ""
-        self._inbox.clear()
+        self._environment, self._directory = {}, ""
+        self._inbox = messages.MessageBuffer()
         self._outbox.clear()
         self._loop.add_reader(ours.fileno(), self._on_readable)
         self.sync_environment()
         for pid in self._guarded:
-            self._request("guard", pid)
+            self._request(messages.Guard(pid))
 
-    def _hang_up(self) -> None:
+    def _disconnect(self) -> None:
         if self._sock is not None:
             self._loop.remove_reader(self._sock.fileno())
             self._loop.remove_writer(self._sock.fileno())
             self._sock.close()
             self._sock = None
-        if self._begun is not None:
-            os.close(self._begun)
-            self._begun = None
+        if self._mark is not None:
+            os.close(self._mark)
+            self._mark = None
 
-    def _request(self, *request: Any) -> None:
-        # A frame for each, made here: one that cannot be made is the trouble of who asks for it.
-        data = marshal.dumps(request)
-        self._outbox += struct.pack("!I", len(data)) + data
+    def _request(self, request: messages.Request) -> None:
+        # A frame for each, made here: what cannot be sent is then an error for who asks for it.
+        self._outbox += messages.encode([request])
         if not self._sending:  # all of one turn of the loop travel at once
             self._sending = True
             self._loop.call_soon(self._send)
@@ -277,7 +292,7 @@ class Children:
         except BlockingIOError:
             pass
         except OSError:
-            return  # it has gone; the reader hears of it
+            return  # it has gone; `_on_readable` finds that out
         if self._outbox:
             self._loop.add_writer(self._sock.fileno(), self._send)
         else:
@@ -294,66 +309,44 @@ class Children:
         if not data:
             self._lose_warden()
             return
-        self._inbox += data
-        events: list[Started | Ended] = []
-        while len(self._inbox) >= 4:
-            (size,) = struct.unpack_from("!I", self._inbox)
-            if len(self._inbox) < 4 + size:
-                break
-            with memoryview(self._inbox) as view:
-                message = marshal.loads(view[4 : 4 + size])
-            del self._inbox[: 4 + size]
-            events += [self._read(reply) for reply in message]
+        events = [self._read(event) for event in self._inbox.feed(data)]
         if events:
             self._on_events(events)
 
-    def _read(self, reply: tuple[Any, ...]) -> Started | Ended:
-        kind, key = reply[:2]
-        if kind == "started":
-            self._live[key] = None
-            return Started(*reply[1:])
-        self._live.pop(key, None)
-        if kind == "dropped":
-            return Ended(key, -signal.SIGTERM, killed=True)
-        if kind == "refused":
-            _, _, number, words, what = reply
-            text = f"{words}: {what!r}" if what else words
-            if number in RESOURCE_ERRNOS:
-                short = BackendError(
-                    f"cannot start a process: {text}", host=socket.gethostname(), transient=True
-                )
-                return Ended(key, 1, stderr=text, refused=number, error=short)
-            code = {errno.ENOENT: 127, errno.EACCES: 126, errno.ENOEXEC: 126}.get(number, 1)
-            return Ended(key, code, stderr=text, refused=number)
-        _, _, code, killed, outputs, started, ended, error, successor = reply
-        (out, out_file), (err, err_file) = map(_text, outputs)
-        failure = BackendError(f"output was lost: {error}", transient=False) if error else None
-        return Ended(
-            key, code, killed, out, err, out_file, err_file, started, ended, None, failure, successor
-        )
+    def _read(self, event: messages.Message) -> Started | Ended:
+        if isinstance(event, Started):
+            self._live[event.key] = None
+            return event
+        assert isinstance(event, messages.Ended | messages.Refused | messages.Dropped)
+        self._live.pop(event.key, None)
+        self._to_kill.discard(event.key)
+        if isinstance(event, messages.Ended):
+            return _ended(event)
+        if isinstance(event, messages.Dropped):
+            return Ended(event.key, -signal.SIGTERM, killed=True)
+        return _refused(event)
 
     def _last_begun(self) -> int:
         """The highest key that the warden has begun to start, 0 where it is none.
 
-        It writes the number before each start, because its news of a start may be lost with it.
+        It writes the number before each start, because the event may be lost with it.
         """
-        assert self._begun is not None
-        return int.from_bytes(os.pread(self._begun, 8, 0), "big")
+        assert self._mark is not None
+        return int.from_bytes(os.pread(self._mark, 8, 0), "big")
 
     def _lose_warden(self) -> None:
-        """The warden was killed: so that nothing runs unwatched, what it started goes too.
+        """The warden was killed: so that nothing runs unwatched, what it started is killed too.
 
         What it had not begun is started by another one. Keys are begun in their order, more or
         less: one that was passed by a later one counts as begun, and nothing runs twice.
         """
         begun = self._last_begun()
-        self._hang_up()
+        self._disconnect()
         popen, self._popen = self._popen, None
         code = None
         if popen is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = popen.wait(1.0)
-        if popen is not None:
             _end_session(popen.pid)
         error = BackendError(
             f"the process that starts our children was lost (exit code {code})",
@@ -361,33 +354,62 @@ class Children:
             transient=True,
         )
         ends: list[Started | Ended] = []
-        again: dict[int, tuple[Any, ...]] = {}
-        for key, request in self._live.items():
-            if request is None or key <= begun or (request and not begun):
+        again: list[messages.Run] = []
+        for key, run in self._live.items():
+            if key in self._to_kill and key > begun:
+                ends.append(Ended(key, -signal.SIGTERM, killed=True))
+            elif run is None or key <= begun or not begun:
                 # Also where it never began anything: another one might not either, for ever.
                 ends.append(Ended(key, -signal.SIGKILL, error=error))
-            elif not request:
-                ends.append(Ended(key, -signal.SIGTERM, killed=True))
             else:
-                again[key] = request
-        self._live = {**again}
+                again.append(run)
+        self._to_kill.clear()
+        self._live = {run.key: run for run in again}
         self._outbox.clear()
-        ends += self._ask_again(again)
+        ends += self._start_again(again)
         if ends:
             self._on_events(ends)
 
-    def _ask_again(self, requests: dict[int, tuple[Any, ...]]) -> list[Ended]:
+    def _start_again(self, runs: Iterable[messages.Run]) -> list[Ended]:
         """Have another warden guard what we guard, and start what the last had not begun."""
-        if not requests and not self._guarded:
+        if not self._live and not self._guarded:
             return []
         try:
             self._ensure_warden()
         except BackendError as error:  # guarded is then what is left with the next child
             self._live.clear()
-            return [Ended(key, 1, error=error) for key in requests]
-        for request in requests.values():
-            self._request(*request)
+            return [Ended(run.key, 1, error=error) for run in runs]
+        for run in runs:
+            self._request(run)
         return []
+
+
+def _refused(event: messages.Refused) -> Ended:
+    text = f"{event.reason}: {event.filename!r}" if event.filename else event.reason
+    if event.errno not in RESOURCE_ERRNOS:
+        code = _EXIT_CODES.get(event.errno, 1)
+        return Ended(event.key, code, stderr=text, refused=event.errno)
+    error = BackendError(
+        f"cannot start a process: {text}", host=socket.gethostname(), transient=True
+    )
+    return Ended(event.key, 1, stderr=text, refused=event.errno, error=error)
+
+
+def _ended(event: messages.Ended) -> Ended:
+    return Ended(
+        event.key,
+        event.exit_code,
+        event.killed,
+        _text(event.stdout, event.stdout_size, event.stdout_file),
+        _text(event.stderr, event.stderr_size, event.stderr_file),
+        event.stdout_file,
+        event.stderr_file,
+        event.started,
+        event.ended,
+        None,
+        BackendError(f"output was lost: {event.error}", transient=False) if event.error else None,
+        event.successor or None,
+    )
 
 
 def _shared_number() -> int:
@@ -411,25 +433,21 @@ def _end_session(leader: int) -> None:
     A process that left the session, and whose parent has ended too, cannot be told from others.
     """
 
-    def left(table: warden.Table) -> set[int]:
-        members = [pid for pid, (_, _, session, _) in table.items() if session == leader]
-        return {*members, *warden.descendants(members, table)} - {leader}
+    def left(table: ProcessTable) -> set[int]:
+        members = [pid for pid, process in table.items() if process.session == leader]
+        return {*members, *descendants(members, table)} - {leader}
 
     for _ in range(3):  # again for what a busy machine had not stopped in time
-        for pid in (found := warden.hold(left)):
-            with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)
+        for pid in (found := suspend(left)):
+            kill(pid)
         if not found:
             return
 
 
-def _text(output: tuple[bytes, int, str | None] | None) -> tuple[str, str | None]:
-    if output is None:
-        return "", None
-    data, size, path = output
+def _text(data: bytes, size: int, path: str | None) -> str:
     text = data.decode(errors="replace")
     if path is not None:
-        return f"[the last {len(data)} of {size} bytes; all of them are in {path}]\n{text}", path
+        return f"[the last {len(data)} of {size} bytes; all of them are in {path}]\n{text}"
     if size > len(data):
-        return f"[the last {len(data)} of {size} bytes; the others were lost]\n{text}", None
-    return text, None
+        return f"[the last {len(data)} of {size} bytes; the others were lost]\n{text}"
+    return text

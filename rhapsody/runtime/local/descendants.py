@@ -1,43 +1,30 @@
-"""All that this process has started, however deep, and its end.
+"""The descendants of this process: listing, reaping and killing all of them.
 
-For a program whose only business is to run another: what is below it is that one's, and nothing
-of it shall outlive it. `adopt` makes what loses its parent come to us, and not to process 1.
+For a program whose only business is to run another one, of which nothing shall outlive it.
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import os
 import select
 import signal
-import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from rhapsody.launch.dragon.shared_memory import Segments
+from .warden.process_tree import become_subreaper, descendants, kill, processes
 
-from .warden import __main__ as warden
+__all__ = ["become_subreaper", "kill_all", "pids", "reap", "wait_for_end"]
 
-__all__ = ["adopt", "end_all", "pids", "reap", "wait_for_end"]
-
-_PR_SET_CHILD_SUBREAPER = 36  # linux/prctl.h
 _KILLED_SECONDS = 5.0  # for what was killed to be gone
 
 
-def adopt() -> None:
-    """Become the parent of orphans among our descendants; a fork does not inherit this."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
-
-
 def pids() -> list[int]:
-    """Pids of all that is below this process and has not ended."""
-    return warden.descendants([os.getpid()], warden.processes())
+    """Pids of the descendants that have not ended."""
+    return descendants([os.getpid()], processes())
 
 
 def reap() -> Iterator[tuple[int, int]]:
-    """Take leave of the children that have ended: pid and status of each."""
+    """Reap the children that have ended; yields pid and wait status of each."""
     while True:
         try:
             pid, status = os.waitpid(-1, os.WNOHANG)
@@ -48,20 +35,25 @@ def reap() -> Iterator[tuple[int, int]]:
         yield pid, status
 
 
-def end_all(segments: Segments) -> None:
-    """Kill all that is below this process, and remove Dragon's memory that it has mapped."""
+def kill_all(inspect: Callable[[list[int]], None]) -> None:
+    """Kill all descendants.
+
+    Args:
+        inspect: called with pids before these are killed, while they are stopped.
+    """
     deadline = time.monotonic() + _KILLED_SECONDS
     while (left := pids()) and time.monotonic() < deadline:
-        _signal(left, signal.SIGSTOP)  # so that none sees another die, and acts on it
-        segments.look(left)
-        _signal(left, signal.SIGKILL)
+        for pid in left:
+            kill(pid, signal.SIGSTOP)  # so that none sees another die, and acts on it
+        inspect(left)
+        for pid in left:
+            kill(pid)
         wait_for_end(left, deadline)
-    segments.remove()
 
 
-def wait_for_end(those: Iterable[int], deadline: float) -> None:
-    """Wait until processes have ended, or the deadline; they need not be reaped for that."""
-    for pid in those:
+def wait_for_end(pids: Iterable[int], deadline: float) -> None:
+    """Wait until processes have ended, or a time of `time.monotonic`; zombies have ended."""
+    for pid in pids:
         try:
             fd = os.pidfd_open(pid)
         except ProcessLookupError:
@@ -72,10 +64,3 @@ def wait_for_end(those: Iterable[int], deadline: float) -> None:
             ended.poll(max(0.0, deadline - time.monotonic()) * 1000)
         finally:
             os.close(fd)
-
-
-def _signal(those: Iterable[int], number: int) -> None:
-    for pid in those:
-        # The latter of a program that is another user's.
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)

@@ -1,8 +1,7 @@
-"""In a worker process: calls in, results out (see `workers`, which drives it)."""
+"""A worker process: receives bundles of calls, sends results (`process_pool` drives it)."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import pickle
 import queue
@@ -11,24 +10,33 @@ import socket
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError
 
-from .calls import is_coroutine
+from .calls import call_function, strip_frames
 from .frames import FrameSocket, keep_from_forks
 from .worker_termination import EscapedDescendants
 
-__all__ = ["main"]
+__all__ = ["CallMessage", "main"]
 
-# Kinds of frames. To a worker: a bundle, "give back what has not begun", "quit".
-# From it: "the first call begins", a result, an exception, "given back", "this bundle cannot be
+#: a call as it travels: the positional arguments of `call_function`
+CallMessage = tuple[
+    Callable[..., Any],
+    Sequence[Any],
+    Mapping[str, Any],
+    Sequence[int],
+    "Mapping[str, str] | None",
+]
+
+# Kinds of frames. To a worker: a bundle, "return what has not begun", "quit".
+# From it: "the first call begins", a result, an exception, "returned", "this bundle cannot be
 # unpickled", "the initializer raised". A result or an exception in lower case says that the next
 # call of the bundle has begun.
-BUNDLE, BACK, QUIT = b"C", b"B", b"Q"
-BEGUN, RESULT, ERROR, GIVEN, UNREADABLE, BROKEN = b"N", b"R", b"E", b"G", b"U", b"X"
+BUNDLE, RETURN, QUIT = b"C", b"B", b"Q"
+BEGUN, RESULT, ERROR, RETURNED, UNREADABLE, BROKEN = b"N", b"R", b"E", b"G", b"U", b"X"
 
 
 def main(
@@ -39,21 +47,18 @@ def main(
     _reset_signals()
     # What a function forks would hold the connection open, and hide the death of this process.
     keep_from_forks(sock)
-    wire = FrameSocket(sock)
-    lock = threading.Lock()
-    messages: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
-    calls: deque[tuple[Any, ...]] = deque()
+    connection = FrameSocket(sock)
     if initializer is not None:
         try:
             initializer(*initargs)
         except BaseException as error:
-            wire.receive()
-            wire.send(BROKEN, serialization.pack_exception(error))
+            connection.receive()
+            connection.send(BROKEN, serialization.pack_exception(error))
             return
-    listener = threading.Thread(target=_listen, args=(wire, lock, messages, calls), daemon=True)
-    listener.start()
+    worker = _Worker(connection)
+    threading.Thread(target=worker.listen, daemon=True).start()
     try:
-        _work(wire, lock, messages, calls)
+        worker.run()
     except OSError:
         _end_group()  # the driver has died
 
@@ -71,75 +76,72 @@ def _reset_signals() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer
 
 
-def _work(
-    wire: FrameSocket,
-    lock: threading.Lock,
-    messages: queue.SimpleQueue[bytearray | None],
-    calls: deque[tuple[Any, ...]],
-) -> None:
-    while (payload := messages.get()) is not None:
-        try:
-            bundle = serialization.loads(payload, "calls")
-        except SerializationError as error:
-            with lock:
-                wire.send(UNREADABLE, serialization.pack_exception(error))
-            continue
-        del payload
-        with lock:
-            calls.extend(bundle)
-            following: tuple[Any, ...] | None = calls.popleft()
-            wire.send(BEGUN)
-        del bundle
-        while following is not None:
-            kind, data, started, ended = _run(following)
-            # Under the lock: a call either begins now, or can be given back.
-            with lock:
-                following = calls.popleft() if calls else None
-                wire.send(kind if following is None else kind.lower(), data, started, ended)
-            del data
+class _Worker:
+    """Runs calls on the main thread, and listens on another one.
 
+    `calls` are those of the present bundle that have not begun. Under the lock, a call either
+    begins or is returned, and no result is sent between the count of returned calls and its report.
+    """
 
-def _listen(
-    wire: FrameSocket,
-    lock: threading.Lock,
-    messages: queue.SimpleQueue[bytearray | None],
-    calls: deque[tuple[Any, ...]],
-) -> None:
-    while (frame := wire.receive()) is not None:
-        if frame.kind == BUNDLE:
-            messages.put(frame.data)
-        elif frame.kind == QUIT:
-            messages.put(None)
-            return
-        else:
-            # Under the lock, no result is written between the count and its report.
+    def __init__(self, connection: FrameSocket) -> None:
+        self.connection = connection
+        self.lock = threading.Lock()
+        self.bundles: queue.SimpleQueue[bytearray | None] = queue.SimpleQueue()
+        self.calls: deque[CallMessage] = deque()
+
+    def run(self) -> None:
+        """Run bundles until told to quit; raises OSError when the driver has died."""
+        connection, lock, calls = self.connection, self.lock, self.calls
+        while (payload := self.bundles.get()) is not None:
+            try:
+                bundle = serialization.loads(payload, "calls")
+            except SerializationError as error:
+                with lock:
+                    connection.send(UNREADABLE, serialization.pack_exception(error))
+                continue
+            del payload
             with lock:
-                wire.send(GIVEN, len(calls).to_bytes(8, "big"))
-                calls.clear()
-    _end_group()  # the driver has died
+                calls.extend(bundle)
+                call: CallMessage | None = calls.popleft()
+                connection.send(BEGUN)
+            del bundle
+            while call is not None:
+                kind, data, started, ended = _run(call)
+                with lock:
+                    call = calls.popleft() if calls else None
+                    connection.send(kind if call is None else kind.lower(), data, started, ended)
+                del data
+
+    def listen(self) -> None:
+        """Take what the driver sends; end this process's group when it has died."""
+        while (frame := self.connection.receive()) is not None:
+            if frame.kind == BUNDLE:
+                self.bundles.put(frame.data)
+            elif frame.kind == QUIT:
+                self.bundles.put(None)
+                return
+            else:
+                with self.lock:
+                    self.connection.send(RETURNED, len(self.calls).to_bytes(8, "big"))
+                    self.calls.clear()
+        _end_group()
 
 
 def _end_group() -> None:
     """End whatever runs here, and what it has started."""
-    strays = EscapedDescendants(os.getpid())
-    strays.signal(signal.SIGKILL)
+    escaped = EscapedDescendants(os.getpid())
+    escaped.signal(signal.SIGKILL)
     os.killpg(0, signal.SIGKILL)
 
 
-def _run(call: tuple[Any, ...]) -> tuple[bytes, bytes, float, float]:
-    """Return the kind of the answer, what it holds, and when the call began and ended."""
-    function, args, kwargs, cores, env = call
+def _run(call: CallMessage) -> tuple[bytes, bytes, float, float]:
+    """Return the kind of the answer, its data, and when the call began and ended."""
     started = time.monotonic()
     try:
-        with _around(cores, env):
-            value = function(*args, **kwargs)
-            if is_coroutine(value):
-                value = asyncio.run(value)
-        kind, data = RESULT, _dump_result(value)
+        kind, data = RESULT, _dump_result(call_function(*call))
     except BaseException as error:
         # SystemExit too: it is the function that ends, not the worker.
-        trace = error.__traceback__
-        error.__traceback__ = trace.tb_next if trace is not None else None
+        strip_frames(error)
         kind, data = ERROR, serialization.pack_exception(error)
     return kind, data, started, time.monotonic()
 
@@ -149,28 +151,3 @@ def _dump_result(value: Any) -> bytes:
         return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
     except Exception:  # what the plain pickler cannot do, the other one may; else it says why
         return serialization.dumps(value, "result")
-
-
-class _around:  # noqa: N801 - it is used as a function
-    """The cores and the environment of one call."""
-
-    def __init__(self, cores: tuple[int, ...], env: dict[str, str] | None) -> None:
-        self.cores = cores if hasattr(os, "sched_setaffinity") else ()
-        self.env = env
-
-    def __enter__(self) -> None:
-        if self.cores:
-            self.old_cores = os.sched_getaffinity(0)
-            os.sched_setaffinity(0, self.cores)
-        if self.env:
-            self.old_env = {name: os.environ.get(name) for name in self.env}
-            os.environ.update(self.env)
-
-    def __exit__(self, *exc: object) -> None:
-        if self.cores:
-            os.sched_setaffinity(0, self.old_cores)
-        for name, value in (self.old_env if self.env else {}).items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value

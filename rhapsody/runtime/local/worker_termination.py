@@ -1,4 +1,4 @@
-"""Ending worker processes, with what their functions have started."""
+"""Ending worker processes, and the processes that their functions have started."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import signal
 import weakref
 from multiprocessing.process import BaseProcess
 
-from .warden import __main__ as warden
+from .warden.process_tree import descendants, suspend
 
 __all__ = ["EscapedDescendants", "kill_group", "workers"]
 
@@ -21,9 +21,9 @@ workers: weakref.WeakSet[BaseProcess] = weakref.WeakSet()
 def _kill_workers() -> None:
     for process in list(workers):
         if process.pid is not None and process.is_alive():
-            strays = EscapedDescendants(process.pid)
+            escaped = EscapedDescendants(process.pid)
             kill_group(process.pid, signal.SIGKILL)
-            strays.signal(signal.SIGKILL)
+            escaped.signal(signal.SIGKILL)
 
 
 atexit.register(_kill_workers)
@@ -39,10 +39,10 @@ def kill_group(pid: int, number: int) -> None:
 
 
 class EscapedDescendants:
-    """The descendants of a process that have left its group; they and it stand still now.
+    """The descendants of a process that have left its group; it and they are stopped from now on.
 
-    Once it has died they cannot be told from others. They are held by descriptors, because a
-    number may be another's by then.
+    Once it has died they cannot be told from others. They are kept as pidfds, because a pid may be
+    another process's by then.
     """
 
     def __init__(self, pid: int) -> None:
@@ -50,24 +50,24 @@ class EscapedDescendants:
         self._fds: list[int] = []
         if not hasattr(os, "pidfd_open"):  # not Linux
             return
-        tree = warden.hold(lambda table: {pid, *warden.descendants([pid], table)} - {os.getpid()})
-        for one in tree:
+        tree = suspend(lambda table: {pid, *descendants([pid], table)} - {os.getpid()})
+        for member in tree:
             with contextlib.suppress(OSError):  # it has ended, or there is no descriptor left
-                if os.getpgid(one) != pid:
-                    self._fds.append(os.pidfd_open(one))
+                if os.getpgid(member) != pid:
+                    self._fds.append(os.pidfd_open(member))
 
     def signal(self, number: int) -> None:
-        """Signal those that are left."""
+        """Signal those that still run."""
         for fd in self._fds:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 signal.pidfd_send_signal(fd, number)
 
     def go_on(self) -> None:
-        """Let them and their process's group go on, with the signals that they got."""
+        """Continue them and their process's group, with the signals that they got meanwhile."""
         self.signal(signal.SIGCONT)
         kill_group(self._pid, signal.SIGCONT)
 
     def close(self) -> None:
-        """Let go of them."""
+        """Close the pidfds."""
         while self._fds:
             os.close(self._fds.pop())

@@ -1,1 +1,1 @@
-"""What the machine grants: cores, GPUs, memory, and an MPI launcher."""
+"""What the machine grants, and what of it is free: cores, GPUs, memory, the MPI launcher."""

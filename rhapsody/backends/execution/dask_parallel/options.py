@@ -8,9 +8,9 @@ from typing import Any
 
 from rhapsody.backends import options as common
 from rhapsody.backends.options import EXECUTABLE_OPTIONS, Option, is_number, option, option_table
-from rhapsody.runtime.arguments import Task, kind_of
 from rhapsody.runtime.errors import TaskValidationError
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import describe_value
 
 __all__ = ["DASK_OPTIONS", "OPTIONS", "check_options", "worker_names"]

@@ -1,31 +1,34 @@
-"""From a task to what Dask is given: pickled calls, with places for the results of parents."""
+"""Serialises tasks for Dask, with placeholders for the results of parents that it has."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping
+from functools import partial
 from typing import Any
 
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, inputs_of, kind_of
+from rhapsody.runtime.arguments import arguments_of, inputs_of, map_elements
 from rhapsody.runtime.errors import DependencyError, TaskValidationError
 from rhapsody.runtime.local.executables import describe
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import argument_str, plain_str
 
-from . import worker_plugin as remote
-from .task import DaskTask, wanted
+from .capacity import requested_resources
+from .task import DaskTask
+from .worker_plugin import Call, OpaqueBytes, Placeholder, Program, run_function, run_program
 
 __all__ = ["TaskSerializer"]
 
 
 class TaskSerializer:
-    """Packs the tasks of one backend.
+    """Turns the tasks of one backend into `DaskTask`s.
 
     Args:
         plugin: the name of the backend's plugins on the cluster.
-        by_uid: the flights whose owner has not heard of their end yet.
+        by_uid: the tasks whose owner has not been told their end yet.
         work_dir: returns the folder for output files.
     """
 
@@ -35,7 +38,7 @@ class TaskSerializer:
         self._plugin = plugin
         self._by_uid = by_uid
         self._work_dir = work_dir
-        self._tag = plugin.rpartition("-")[2]
+        self._key_suffix = plugin.rpartition("-")[2]
         self._numbers = itertools.count()
         self._marker = ""
 
@@ -45,75 +48,78 @@ class TaskSerializer:
             os.unlink(self._marker)
             self._marker = ""
 
-    def pack(self, task: Task, pickled: dict[int, bytes]) -> DaskTask:
-        """Pickle a task's call; `pickled` keeps the functions of this burst, by identity.
+    def serialize(self, submitted: Task, pickled: dict[int, bytes]) -> DaskTask:
+        """Pickle a task's call; `pickled` caches the functions of one burst, by their `id`.
 
         Raises:
             SerializationError: it cannot be pickled.
-            DependencyError: a parent has ended, and not well.
-            TaskValidationError: the key that it asks for is another task's.
+            DependencyError: a parent has failed or was canceled.
+            TaskValidationError: its option `key` is that of another task.
         """
-        options = task.get("task_backend_specific_kwargs") or {}
-        flight = DaskTask(task, options)
-        if kind_of(task) == "function":
-            self._pack_function(flight, pickled)
+        options = submitted.get("task_backend_specific_kwargs") or {}
+        task = DaskTask(submitted, options)
+        if kind_of(submitted) == "function":
+            self._serialize_function(task, pickled)
         else:
-            self._pack_program(flight)
-        for parent in task.get("after") or ():
-            self._slot(flight, parent)
-        flight.wants = wanted(task, options)
-        flight.wave = 1 + max((parent.wave for parent in flight.parents), default=-1)
-        return flight
+            self._serialize_executable(task)
+        for parent in submitted.get("after") or ():
+            self._resolve(task, parent)
+        task.resources = requested_resources(submitted, options)
+        task.depth = 1 + max((parent.depth for parent in task.parents), default=-1)
+        return task
 
-    def _pack_function(self, flight: DaskTask, pickled: dict[int, bytes]) -> None:
-        function = flight.task["function"]
-        name = getattr(function, "__name__", None) or type(function).__name__
-        flight.key = self._key(flight, name)
-        blob = pickled.get(id(function))
-        if blob is None:
-            blob = pickled[id(function)] = serialization.dumps(function, "function")
-        given, named = inputs_of(flight.task)
-        args = [self._slots(flight, value) for value in given]
-        kwargs = {name: self._slots(flight, value) for name, value in named.items()}
-        arguments = serialization.dumps((args, kwargs), "arguments")
-        flight.call = remote.Call(self._plugin, flight.key, blob, arguments)
-        flight.runner = remote.run_function
+    def _serialize_function(self, task: DaskTask, pickled: dict[int, bytes]) -> None:
+        function = task.submitted["function"]
+        task.key = self._key(task, getattr(function, "__name__", None) or type(function).__name__)
+        data = pickled.get(id(function))
+        if data is None:
+            data = pickled[id(function)] = serialization.dumps(function, "function")
+        args, kwargs = inputs_of(task.submitted)
+        resolve = partial(self._resolve, task)
+        arguments = (
+            [map_elements(value, resolve) for value in args],
+            {name: map_elements(value, resolve) for name, value in kwargs.items()},
+        )
+        task.payload = Call(
+            self._plugin, task.key, data, serialization.dumps(arguments, "arguments")
+        )
+        task.function = run_function
 
-    def _pack_program(self, flight: DaskTask) -> None:
-        task = flight.task
-        flight.key = self._key(flight, os.path.basename(os.fspath(task["executable"])))
-        words = [plain_str(task["executable"]), *(self._word(flight, a) for a in _arguments(task))]
-        executable = describe(task, words=())
-        if isinstance(executable.stdin, str):  # a path, as it is here
+    def _serialize_executable(self, task: DaskTask) -> None:
+        submitted = task.submitted
+        task.key = self._key(task, os.path.basename(os.fspath(submitted["executable"])))
+        arguments = [self._resolve(task, argument) for argument in arguments_of(submitted)]
+        words = [
+            plain_str(submitted["executable"]),
+            *(arg if isinstance(arg, Placeholder) else argument_str(arg) for arg in arguments),
+        ]
+        executable = describe(submitted, words=())
+        if isinstance(executable.stdin, str):  # a path, relative to a folder of the client
             path = os.path.join(executable.cwd or os.getcwd(), executable.stdin)
             executable = executable._replace(stdin=path)
-        flight.captured = executable.capture
-        program = remote.Program(
-            self._plugin, flight.key, executable, words, self._work_dir(), self._mark()
+        task.captured = executable.capture
+        program = Program(
+            self._plugin, task.key, executable, words, self._work_dir(), self._marker_path()
         )
-        flight.call = remote.OpaqueBytes(serialization.dumps(program, "executable"))
-        flight.runner = remote.run_program
+        task.payload = OpaqueBytes(serialization.dumps(program, "executable"))
+        task.function = run_program
 
-    def _key(self, flight: DaskTask, name: str) -> str:
-        """Dask's key of a task; what is before the dash is its name on the dashboard."""
-        own = flight.options.get("key")
+    def _key(self, task: DaskTask, name: str) -> str:
+        """Return Dask's key of a task; Dask's dashboard shows the part before the dash."""
+        own = task.options.get("key")
         if own is None:
-            # A file's name may hold what no message can.
+            # A file's name may have bytes that are no UTF-8, and Dask's messages take none.
             name = name.encode(errors="replace").decode()
-            return f"{name}-{self._tag}.{next(self._numbers)}"
+            return f"{name}-{self._key_suffix}.{next(self._numbers)}"
         for other in self._by_uid.values():
             if other.key == own:
                 raise TaskValidationError(
-                    f"task '{flight.uid}': the key {own!r} is that of task '{other.uid}'"
+                    f"task '{task.uid}': the key {own!r} is that of task '{other.uid}'"
                 )
         return str(own)
 
-    def _word(self, flight: DaskTask, argument: Any) -> Any:
-        value = self._slot(flight, argument)
-        return value if isinstance(value, remote.Slot) else argument_str(value)
-
-    def _mark(self) -> str:
-        """A file in the working folder, by which a worker learns whether it sees that folder."""
+    def _marker_path(self) -> str:
+        """Return a file in the working folder; a worker that finds it shares that folder."""
         folder = self._work_dir()
         if os.path.dirname(self._marker) != folder:
             self.close()
@@ -121,40 +127,24 @@ class TaskSerializer:
             os.close(fd)
         return self._marker
 
-    # ------------------------------------------------------------------ dependencies within Dask
-
-    def _slots(self, flight: DaskTask, value: Any) -> Any:
-        """Replace parents that are still in flight by places for their results."""
-        if type(value) in (list, tuple, set):
-            return type(value)(self._slot(flight, inner) for inner in value)
-        if type(value) is dict:
-            return {name: self._slot(flight, inner) for name, inner in value.items()}
-        return self._slot(flight, value)
-
-    def _slot(self, flight: DaskTask, value: Any) -> Any:
-        """Return a place for a parent's result, or what it has come to meanwhile.
+    def _resolve(self, task: DaskTask, value: Any) -> Any:
+        """Return an argument; of a parent its result, or a placeholder if Dask still has it.
 
         Raises:
-            DependencyError: the parent has not succeeded.
+            DependencyError: the parent has failed or was canceled.
         """
         if not isinstance(value, MutableMapping) or isinstance(value, dict):
             return value
         uid = getattr(value, "uid", None)
         parent = self._by_uid.get(uid) if isinstance(uid, str) else None
-        if parent is not None and parent.task is value:
-            if parent not in flight.parents:
-                flight.parents.append(parent)
-                parent.children.append(flight)
-            return remote.Slot(flight.parents.index(parent))
-        ended: Any = value
-        if not hasattr(ended, "result") or not ended.done():
+        if parent is not None and parent.submitted is value:
+            if parent not in task.parents:
+                task.parents.append(parent)
+                parent.children.append(task)
+            return Placeholder(task.parents.index(parent))
+        settled: Any = value
+        if not hasattr(settled, "result") or not settled.done():
             return value
-        if ended.state != "DONE":
-            raise DependencyError(flight.uid, ended.uid, ended.exception)
-        return ended.result()
-
-
-def _arguments(task: Task) -> Sequence[Any]:
-    bound = None if isinstance(task, dict) else task._bound
-    given: Sequence[Any] = (task.get("arguments") or []) if bound is None else bound["arguments"]
-    return given
+        if settled.state != "DONE":
+            raise DependencyError(task.uid, settled.uid, settled.exception)
+        return settled.result()

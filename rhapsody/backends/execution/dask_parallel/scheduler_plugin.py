@@ -1,14 +1,18 @@
-"""What of the Dask backend runs on the scheduler: a plugin that tells in bursts how keys end.
+"""Runs on the scheduler: a plugin that reports in bursts which keys have completed.
 
-Dask's own way is a message and a coroutine per key on the client. The scheduler needs rhapsody
-installed, since this is pickled by reference.
+Dask itself sends a message per key, for which its client starts a coroutine. The scheduler needs
+rhapsody installed, because the plugin is pickled by reference.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal
+
+from .messages import CompletedKey, Message
+from .protocols import Scheduler
 
 if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 
@@ -17,143 +21,161 @@ if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 else:
     from distributed.diagnostics.plugin import SchedulerPlugin
 
-__all__ = ["CompletionNotifier", "unheard", "whereabouts"]
+__all__ = ["CompletionNotifier", "assigned_keys", "unknown_keys"]
 
-#: Seconds for which news is held back to go out as one message, per key that is still to end, and
-#: the least and most of it: a stream of short calls costs few messages, and a lone task or a chain,
-#: each waiting for the one before, is not held up.
-CADENCE = (0.0005, 0.002, 0.05)
+# Seconds between two messages: so many for each key that has not completed, within bounds. A stream
+# of short calls then costs few messages, and a single task, or a chain of them, is not delayed.
+_INTERVAL_PER_KEY = 0.0005
+_MIN_INTERVAL = 0.002
+_MAX_INTERVAL = 0.05
 
-
-_ENDED = ("memory", "erred")
+# The states in which a key has completed.
+_COMPLETED = ("memory", "erred")
 
 
 class CompletionNotifier(SchedulerPlugin):
-    """Tells one client how its keys end, and what the cluster has, in bursts.
+    """Sends one client a `Message` about its keys and the cluster's workers, in bursts.
 
-    A burst is an event of the topic `name`: a dict with `ended`, a list of (key, word, seconds,
-    bytes) where word is `memory`, `erred` or `gone`; `stuck`, keys that no worker may take, and
-    `unstuck`; `workers`, how many there are; `offers`, the resources that they advertise.
+    Args:
+        name: of this plugin, and of the topic of its messages.
+        client: the id of the client.
     """
 
     def __init__(self, name: str, client: str) -> None:
         self.name = name
         self.client = client
 
-    async def start(self, scheduler: Any) -> None:
-        """Called by Dask when the scheduler has the plugin."""
-        self.scheduler = scheduler
-        self.loop = asyncio.get_running_loop()
-        self.mine: dict[str, bool] = {}  # keys of the client: whether their end was told
-        self.open = 0  # how many of them have not ended
-        self.stuck: set[str] = set()
-        self.news: dict[str, Any] = {}
-        self.armed = False
-        self.next_at = 0.0  # when the next message may go
-        self.greeted = False
+    async def start(self, scheduler: Scheduler) -> None:
+        """Called by Dask when the plugin is installed."""
+        self._scheduler = scheduler
+        self._loop = asyncio.get_running_loop()
+        self.keys: dict[str, bool] = {}  # of the client: whether it was told of their completion
+        self._incomplete = 0  # how many were not
+        self._unrunnable: set[str] = set()
+        self._message: Message = {}  # the next one
+        self._workers_changed = False  # since the last one
+        self._scheduled = False  # whether the next one is
+        self._earliest = 0.0  # when it may go, as of time.monotonic()
+        self._has_graph = False
 
-    def update_graph(self, scheduler: Any, *, client: str, keys: Any, **_: Any) -> None:
-        """Note the keys that our client wants."""
-        if client == self.client:
-            self.mine.update(dict.fromkeys(keys, False))
-            self.open += len(keys)
-            for key in keys:
-                # One that others had computed before makes no transition any more.
-                if (task := scheduler.tasks.get(key)) is not None and task.state in _ENDED:
-                    self._end(key, task.state, 0.0, 0)
-            if not self.greeted:  # not earlier: the client may not have subscribed yet
-                self.greeted = True
-                self._tell_workers()
-
-    def transition(self, key: Any, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
-        """Note how a key of ours ends, or that it cannot begin."""
-        if key not in self.mine:
+    def update_graph(
+        self, scheduler: Scheduler, *, client: str, keys: Collection[str], **_: Any
+    ) -> None:
+        """Called by Dask when a client has submitted keys."""
+        if client != self.client:
             return
-        if finish in _ENDED:
+        self.keys.update(dict.fromkeys(keys, False))
+        self._incomplete += len(keys)
+        for key in keys:
+            # One that another client had computed before makes no transition.
+            if (task := scheduler.tasks.get(key)) is not None and task.state in _COMPLETED:
+                self._add_completed(key, task.state, 0.0, 0)
+        if not self._has_graph:  # the client may not have subscribed to the topic before
+            self._has_graph = True
+            self._add_workers()
+
+    def transition(self, key: str, start: str, finish: str, *args: Any, **kwargs: Any) -> None:
+        """Called by Dask when a key changes its state."""
+        if key not in self.keys:
+            return
+        if finish in _COMPLETED:
             nbytes = kwargs.get("nbytes") or 0
-            self._end(key, finish, _seconds(kwargs.get("startstops")), nbytes)
+            self._add_completed(key, finish, _compute_seconds(kwargs.get("startstops")), nbytes)
         elif finish == "no-worker":
-            self.stuck.add(key)
-            self._tell("stuck", key)
+            self._unrunnable.add(key)
+            self._add_key("unrunnable", key)
         elif finish == "processing":
-            if self.mine[key]:  # its result was lost, and is computed again
-                self.mine[key] = False
-                self.open += 1
-            if key in self.stuck:
-                self.stuck.discard(key)
-                self._tell("unstuck", key)
+            if self.keys[key]:  # its result was lost, and is computed again
+                self.keys[key] = False
+                self._incomplete += 1
+            if key in self._unrunnable:
+                self._unrunnable.discard(key)
+                self._add_key("runnable", key)
         elif finish == "forgotten":
-            self.stuck.discard(key)
-            if not self.mine.pop(key):
-                self.open -= 1
-                self._tell("ended", (key, "gone", 0.0, 0))
+            self._unrunnable.discard(key)
+            if self.keys[key]:
+                del self.keys[key]
+            else:
+                self._add_completed(key, finish, 0.0, 0)
+                del self.keys[key]
 
-    def _end(self, key: Any, word: str, seconds: float, nbytes: int) -> None:
-        self.open -= not self.mine[key]
-        self.mine[key] = True
-        self._tell("ended", (key, word, seconds, nbytes))
+    def add_worker(self, scheduler: Scheduler, worker: str) -> None:
+        """Called by Dask when a worker has joined."""
+        self._add_workers()
 
-    def add_worker(self, scheduler: Any, worker: str) -> None:
-        """Say how many workers there are, and what they advertise."""
-        self._tell_workers()
+    def remove_worker(self, scheduler: Scheduler, worker: str, **_: Any) -> None:
+        """Called by Dask when a worker has left."""
+        self._add_workers()
 
-    def remove_worker(self, scheduler: Any, worker: str, **kwargs: Any) -> None:
-        """Say how many workers there are, and what they advertise."""
-        self._tell_workers()
+    def remove_client(self, scheduler: Scheduler, client: str) -> None:
+        """Called by Dask when a client has gone, perhaps killed.
 
-    def remove_client(self, scheduler: Any, client: str) -> None:
-        """Our client has gone, killed perhaps: take both plugins off, and so the children.
-
-        Should only its connection be broken, it hears of it by the event that it waits on.
+        If it is ours, both plugins are removed, and with the workers' the child processes.
         """
         if client == self.client:
-            # What `distributed.Event` calls from elsewhere; cleared, it leaves nothing behind.
+            # If only the connection was broken, the client learns of it by the event on which it
+            # waits. The handlers are those that `distributed.Event` calls; clearing it leaves
+            # nothing behind.
             scheduler.handlers["event_set"](name=self.name)
             scheduler.handlers["event_clear"](name=self.name)
             scheduler.remove_plugin(name=self.name)
-            self.leaving = asyncio.ensure_future(
+            self._unregistering = asyncio.ensure_future(
                 scheduler.unregister_worker_plugin(comm=None, name=self.name)
             )
 
-    def _tell_workers(self) -> None:
-        if not self.armed:
-            self._arm()
-        self.news["workers"] = None
+    # ------------------------------------------------------------------ the next message
 
-    def _tell(self, kind: str, what: Any) -> None:
-        if not self.armed:
-            self._arm()
-        self.news.setdefault(kind, []).append(what)
+    def _add_completed(self, key: str, status: str, seconds: float, nbytes: int) -> None:
+        self._schedule()
+        self._incomplete -= not self.keys[key]
+        self.keys[key] = True
+        completed = self._message.setdefault("completed", [])
+        completed.append(CompletedKey(key, status, seconds, nbytes))
 
-    def _arm(self) -> None:
-        self.armed = True
-        wait = self.next_at - time.monotonic()
-        # In a turn of its own even when at once: more of the same message is on its way.
-        self.loop.call_later(max(wait, 0.0), self._flush)
+    def _add_key(self, kind: Literal["unrunnable", "runnable"], key: str) -> None:
+        self._schedule()
+        self._message.setdefault(kind, []).append(key)
 
-    def _flush(self) -> None:
-        self.armed = False
-        news, self.news = self.news, {}
-        each, least, most = CADENCE
-        self.next_at = time.monotonic() + min(max(each * self.open, least), most)
-        if "workers" in news or "stuck" in news:
-            workers = list(self.scheduler.workers.values())
-            news["workers"] = len(workers)
-            news["offers"] = list({repr(w.resources): dict(w.resources) for w in workers}.values())
-        if self.client in self.scheduler.clients:
-            self.scheduler.log_event(self.name, news)
+    def _add_workers(self) -> None:
+        self._schedule()
+        self._workers_changed = True
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            wait = self._earliest - time.monotonic()
+            # Never in this turn of the loop: more for the same message is about to be added.
+            self._loop.call_later(max(wait, 0.0), self._send)
+
+    def _send(self) -> None:
+        self._scheduled = False
+        message, self._message = self._message, {}
+        interval = max(_INTERVAL_PER_KEY * self._incomplete, _MIN_INTERVAL)
+        self._earliest = time.monotonic() + min(interval, _MAX_INTERVAL)
+        if self._workers_changed or "unrunnable" in message:
+            self._workers_changed = False
+            workers = list(self._scheduler.workers.values())
+            message["worker_count"] = len(workers)
+            message["advertised"] = list(
+                {repr(worker.resources): dict(worker.resources) for worker in workers}.values()
+            )
+        if self.client in self._scheduler.clients:
+            self._scheduler.log_event(self.name, message)
 
 
-def _seconds(startstops: Any) -> float:
-    """How long the worker computed, from what it told the scheduler."""
+def _compute_seconds(startstops: Iterable[dict[str, Any]] | None) -> float:
+    """Return how long a key was computed, by what its worker reported to the scheduler."""
     for entry in startstops or ():
         if entry["action"] == "compute":
             return float(entry["stop"] - entry["start"])
     return 0.0
 
 
-def whereabouts(keys: list[str], dask_scheduler: Any = None) -> dict[str, list[str]]:
-    """The keys that each worker has been given, by its address; for `run_on_scheduler`."""
+# ---------------------------------------------------------------------- for `run_on_scheduler`
+
+
+def assigned_keys(keys: list[str], dask_scheduler: Scheduler) -> dict[str, list[str]]:
+    """Return which of these keys are assigned to each worker, by its address."""
     found: dict[str, list[str]] = {address: [] for address in dask_scheduler.workers}
     for key in keys:
         task = dask_scheduler.tasks.get(key)
@@ -162,10 +184,7 @@ def whereabouts(keys: list[str], dask_scheduler: Any = None) -> dict[str, list[s
     return found
 
 
-def unheard(name: str, keys: list[str], dask_scheduler: Any = None) -> list[str] | None:
-    """Those keys that the plugin of this name does not know; None where it is not there any more.
-
-    For `run_on_scheduler`.
-    """
-    herald = dask_scheduler.plugins.get(name)
-    return None if herald is None else [key for key in keys if key not in herald.mine]
+def unknown_keys(name: str, keys: list[str], dask_scheduler: Scheduler) -> list[str] | None:
+    """Return which of these keys the plugin `name` does not know; None if it was removed."""
+    notifier = dask_scheduler.plugins.get(name)
+    return None if notifier is None else [key for key in keys if key not in notifier.keys]

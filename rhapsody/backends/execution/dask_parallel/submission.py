@@ -1,96 +1,86 @@
-"""What Dask is given: a burst of tasks as few graphs, and a watch over each of them.
+"""Submits tasks to Dask, a burst of them as few graphs, and notices which the scheduler refuses.
 
 A graph that the scheduler cannot take (a worker's address that does not resolve, a parent whose
-result is lost) it answers to the client's futures alone: its keys make no transition, and `CompletionNotifier`
-never hears of them. One future per graph is watched for that; all of its keys are answered alike.
+result is lost) it reports to the client's futures alone: its keys make no transition of which
+`CompletionNotifier` could tell. So one future of each graph is awaited; Dask takes all keys of a
+graph, or none.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Iterable
 
 from rhapsody.runtime.errors import BackendError, DependencyError
 
-from .connection import DaskEngine
-from .scheduler_plugin import unheard
-from .task import DaskTask, Ending, descent
+from .connection import DaskConnection
+from .scheduler_plugin import unknown_keys
+from .task import DaskTask, GraphKey, PendingTasks, TaskResult, with_descendants
 from .worker_plugin import CallFailed, ProgramFailed, Refused
 
 __all__ = ["GraphSubmitter"]
 
 
 class GraphSubmitter:
-    """Hands flights to Dask. On the client's loop.
+    """Gives tasks to Dask. On the client's loop.
 
     Args:
-        name: of the backend, for errors.
-        engine: its connection.
+        connection: to the cluster.
         plugin: the name of the backend's plugins on the cluster.
-        flights: what is in flight, by key; who pops one settles it.
-        settle: reports ends.
+        pending: the tasks that have not been settled.
     """
 
-    def __init__(
-        self,
-        name: str,
-        engine: DaskEngine,
-        plugin: str,
-        flights: MutableMapping[str, DaskTask],
-        settle: Callable[[list[Ending]], None],
-    ) -> None:
-        self.name = name
-        self._engine = engine
+    def __init__(self, connection: DaskConnection, plugin: str, pending: PendingTasks) -> None:
+        self._connection = connection
         self._plugin = plugin
-        self._flights = flights
-        self._settle = settle
+        self._pending = pending
         self._watches: set[asyncio.Task[None]] = set()
 
     def close(self) -> None:
-        """Watch no more."""
+        """Await no more futures."""
         for watch in self._watches:
             watch.cancel()
 
-    def launch(self, flights: Iterable[DaskTask]) -> None:
-        """Give Dask a burst: one graph for all tasks with the same options."""
-        groups: dict[tuple[Any, ...], list[DaskTask]] = {}
-        for flight in flights:
-            self._flights[flight.key] = flight
-            groups.setdefault(flight.group(), []).append(flight)
-        for _, group in sorted(groups.items(), key=lambda item: item[0][0]):
-            orphans = [f for f in group if f.parents and any(p.future is None for p in f.parents)]
-            if orphans:
-                self._fail(orphans, None)
-                group = [flight for flight in group if flight not in orphans]
+    def submit(self, tasks: Iterable[DaskTask]) -> None:
+        """Submit one graph for all tasks of the same depth and options, parents first."""
+        groups: dict[GraphKey, list[DaskTask]] = {}
+        for task in tasks:
+            self._pending.add(task)
+            groups.setdefault(task.graph_key(), []).append(task)
+        for _, group in sorted(groups.items()):
+            refused = {t for t in group if t.parents and any(p.future is None for p in t.parents)}
+            if refused:
+                self._fail(refused, None)
+                group = [task for task in group if task not in refused]
             try:
                 if group:
-                    self._send(group)
+                    self._submit_graph(group)
             except Exception as error:  # the client is closed, or refuses these options
                 self._fail(group, error)
 
-    def _send(self, group: list[DaskTask]) -> None:
+    def _submit_graph(self, tasks: list[DaskTask]) -> None:
         import dask
 
-        first = group[0]
-        iterables: list[list[object]] = [[flight.call for flight in group]]
-        if any(flight.parents for flight in group):
-            iterables.append([[p.future for p in flight.parents] for flight in group])
-        keys = [flight.key for flight in group]
-        # Dask warns of large graphs, for the sake of those who put data into them unknowingly;
-        # here it is the arguments that the author wants there.
+        first = tasks[0]
+        assert first.function is not None
+        iterables: list[list[object]] = [[task.payload for task in tasks]]
+        if any(task.parents for task in tasks):
+            iterables.append([[parent.future for parent in task.parents] for task in tasks])
+        keys = [task.key for task in tasks]
+        # Dask warns about large graphs, as most people put data there by mistake; here they are
+        # the arguments of the author's tasks.
         with dask.config.set({"distributed.admin.large-graph-warning-threshold": "1TB"}):
-            futures = self._engine.client.map(
-                first.runner,
+            futures = self._connection.client.map(
+                first.function,
                 *iterables,
                 key=keys,
                 pure=False,
-                resources=first.wants or None,
-                **first.dask_options(),
+                resources=first.resources or None,
+                **first.map_options(),
             )
-        for flight, future in zip(group, futures, strict=True):
-            flight.future = future
-            flight.call = None
+        for task, future in zip(tasks, futures, strict=True):
+            task.future = future
+            task.payload = None
         watch = asyncio.get_running_loop().create_task(self._watch(keys))
         self._watches.add(watch)
         watch.add_done_callback(self._watches.discard)
@@ -98,65 +88,68 @@ class GraphSubmitter:
     # ------------------------------------------------------------------ what the scheduler refuses
 
     async def _watch(self, keys: list[str]) -> None:
-        """Wait for the first word about a graph, and fail its tasks if Dask has not taken them."""
-        # Keys, not flights: these hold results on the cluster for as long as they are here.
+        """Wait for the first report on a graph, and fail its tasks if Dask has not taken them."""
+        # Keys, not tasks: each keeps its result on the cluster for as long as it exists.
         for key in keys:
-            if (flight := self._flights.get(key)) is None:
+            task = self._pending.get(key)
+            if task is None or task.future is None:
                 continue
-            error, word = await flight.future.exception(), flight.future.status
-            if word == "finished" or isinstance(error, (CallFailed, ProgramFailed, Refused)):
-                return  # it has run, and so has Dask taken the graph
-            if key in self._flights:
+            error, status = await task.future.exception(), task.future.status
+            if status == "finished" or isinstance(error, (CallFailed, ProgramFailed, Refused)):
+                return  # it has run, so Dask has taken the graph
+            if key in self._pending:
                 break
-            # It was cancelled, which says nothing of the others.
+            # It was cancelled, which tells nothing about the others.
         else:
             return
-        await self._ask(keys, error)
+        await self._fail_unknown(keys, error)
 
-    async def _ask(self, keys: list[str], error: BaseException | None) -> None:
-        """Fail those of these tasks of which the scheduler does not know."""
-        client = self._engine.client
+    async def _fail_unknown(self, keys: list[str], error: BaseException | None) -> None:
+        """Fail those of these tasks that the scheduler does not know."""
+        client = self._connection.client
         try:
-            unknown = await client.run_on_scheduler(unheard, self._plugin, keys)
+            unknown = await client.run_on_scheduler(unknown_keys, self._plugin, keys)
         except OSError:
             unknown = None
-        if unknown is None:  # the connection broke: who watches the scheduler says so of all tasks
+        if unknown is None:  # the connection is broken, which fails all tasks elsewhere
             return
-        self._fail(descent([self._flights[key] for key in unknown if key in self._flights]), error)
+        tasks = [task for key in unknown if (task := self._pending.get(key)) is not None]
+        self._fail(with_descendants(tasks), error)
 
-    def _fail(self, flights: Iterable[DaskTask], error: BaseException | None) -> None:
-        """Settle flights, parents first, that Dask has not taken.
+    def _fail(self, tasks: Iterable[DaskTask], error: BaseException | None) -> None:
+        """Settle tasks, parents first, that Dask has not taken.
 
-        Without their futures Dask lets go of what it may have taken of them or their children. (To
-        cancel what it has half taken breaks the client's connection: distributed 2026.8.)
+        Their futures are dropped, so that Dask releases what it may have taken of them or their
+        children. (To cancel a key that it has half taken breaks the client's connection:
+        distributed 2026.8.)
         """
-        endings: list[Ending] = []
-        for flight in flights:
-            if self._flights.pop(flight.key, None) is None:
+        results: list[TaskResult] = []
+        for task in tasks:
+            if not self._pending.discard(task):
                 continue
-            parent = next((p for p in flight.parents if p.failure is not None), None)
+            parent = next((p for p in task.parents if p.failure is not None), None)
             if parent is not None:
-                flight.failure = DependencyError(flight.uid, parent.uid, parent.failure)
+                task.failure = DependencyError(task.uid, parent.uid, parent.failure)
             else:
-                flight.failure = self._refusal(flight, error)
-            flight.future = flight.call = None
-            endings.append((flight, "FAILED", {"exception": flight.failure}))
-        self._settle(endings)
+                task.failure = self._refusal(task, error)
+            task.future = task.payload = None
+            results.append(TaskResult(task, "FAILED", {"exception": task.failure}))
+        self._pending.report(results)
 
-    def _refusal(self, flight: DaskTask, error: BaseException | None) -> BackendError:
+    def _refusal(self, task: DaskTask, error: BaseException | None) -> BackendError:
         if error is None:
             return BackendError(
-                f"Dask let go of task '{flight.uid}': a result that it needs was lost, or its key"
+                f"Dask let go of task '{task.uid}': a result that it needs was lost, or its key"
                 " was cancelled",
-                backend=self.name,
+                backend=self._connection.name,
                 transient=True,
             )
-        asked = ", ".join(f"{name}={value!r}" for name, value in flight.dask_options().items())
+        options = ", ".join(f"{name}={value!r}" for name, value in task.map_options().items())
         refusal = BackendError(
-            f"Dask refused task '{flight.uid}'{asked and f' with {asked}'}:"
+            f"Dask refused task '{task.uid}'{options and f' with {options}'}:"
             f" {type(error).__name__}: {error}",
-            backend=self.name,
-            transient=self._engine.client.status != "running",
+            backend=self._connection.name,
+            transient=self._connection.client.status != "running",
         )
         refusal.__cause__ = error
         return refusal

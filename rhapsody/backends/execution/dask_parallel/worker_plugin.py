@@ -1,8 +1,7 @@
-"""Runs on Dask's workers: functions, executables, and the plugin `TaskTracker`.
+"""Runs on Dask's workers: functions, executables, and a plugin that reports and stops them.
 
-`TaskTracker` knows which of our calls run on its worker, reports their starts, stops them, and owns
-the child processes. Workers need rhapsody installed, since all of this is pickled by reference; the
-backend imports this module when it starts, because it needs Dask.
+Workers need rhapsody installed, because all of this is pickled by reference. The backend imports
+this module when it starts, because it needs Dask.
 """
 
 from __future__ import annotations
@@ -15,16 +14,22 @@ import shutil
 import socket
 import tempfile
 import threading
-from collections.abc import Callable, Coroutine, Sequence
+import time
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import cloudpickle
 from distributed import get_worker
 
 from rhapsody.runtime import serialization
+from rhapsody.runtime.arguments import map_elements
 from rhapsody.runtime.errors import SerializationError
+from rhapsody.runtime.local.calls import call_function, strip_frames
 from rhapsody.runtime.local.executables import Executable, ExecutableRun, ExecutableRunner, Outcome
 from rhapsody.runtime.text import argument_str
+
+from .messages import Message, StopResult
+from .protocols import Worker
 
 if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 
@@ -34,37 +39,44 @@ if TYPE_CHECKING:  # typed or not, depending on the release of distributed
 else:
     from distributed.diagnostics.plugin import WorkerPlugin
 
-#: Seconds after which a call that still runs is reported as RUNNING: a burst of short calls ends
-#: without a word about each start.
-RUNNING_AFTER = 0.05
+# Seconds after which a task that still runs is reported as RUNNING, so that short ones cost no
+# message.
+_RUNNING_AFTER = 0.05
 #: Seconds between SIGTERM and SIGKILL.
 GRACE = 2.0
+# Cancelled keys that a worker remembers: each may yet be assigned to it, or never.
+_REFUSED_KEPT = 100_000
 
 
 class Refused(Exception):  # noqa: N818 - nobody sees it as an error
-    """Raised in place of a call that was cancelled before it started, or an executable's end."""
+    """Raised for a task that was cancelled before it started, or an executable that was stopped."""
 
 
 class CallFailed(Exception):  # noqa: N818 - it only carries the author's error
-    """Carries what a call raised, packed, so that any exception crosses as what it is.
+    """Carries the exception of a call, packed, so that it arrives with its type and attributes.
 
-    Dask itself pickles exceptions too, but replaces those that will not, and those that say much.
+    Dask pickles exceptions too, but replaces those that cannot be pickled, or are large.
+
+    Args:
+        key: of the task.
+        summary: its type and message, shortened; Dask writes it into the worker's log.
+        packed: the result of `serialization.pack_exception`.
     """
 
-    def __init__(self, key: str, words: str, packed: bytes) -> None:
-        super().__init__(key, words, packed)
+    def __init__(self, key: str, summary: str, packed: bytes) -> None:
+        super().__init__(key, summary, packed)
         self.key = key
-        self.words = words
+        self.summary = summary
         self.packed = packed
 
-    def __repr__(self) -> str:  # what Dask writes into the worker's log
-        return self.words
+    def __repr__(self) -> str:
+        return self.summary
 
     __str__ = __repr__
 
 
 class ProgramFailed(Exception):  # noqa: N818 - it only carries the outcome
-    """Carries how an executable failed, so that what depends on it does not run."""
+    """Carries how an executable failed; raised, so that Dask does not run what depends on it."""
 
     def __init__(self, key: str, result: ProgramResult) -> None:
         super().__init__(key, result)
@@ -79,15 +91,15 @@ class ProgramFailed(Exception):  # noqa: N818 - it only carries the outcome
 
 
 def _failed(key: str, error: BaseException) -> CallFailed:
-    words = f"{type(error).__name__}: {error}"
-    return CallFailed(key, words[:500], serialization.pack_exception(error))
+    summary = f"{type(error).__name__}: {error}"
+    return CallFailed(key, summary[:500], serialization.pack_exception(error))
 
 
 class Call:
-    """A pickled function and its pickled arguments; opaque to Dask.
+    """A pickled function and its pickled arguments, which Dask does not look into.
 
-    Dask takes apart and searches the tuples, lists and dicts that it is given, and its scheduler
-    unpickles what it is given, for which it would need the author's modules. Bytes spare both.
+    It would search lists, tuples and dicts for futures, and its scheduler would unpickle objects,
+    for which it would need the author's modules.
     """
 
     __slots__ = ("arguments", "function", "key", "plugin")
@@ -102,35 +114,33 @@ class Call:
         return Call, (self.plugin, self.key, self.function, self.arguments)
 
 
-class Slot:
-    """Holds the place of a parent's result among the arguments of a call."""
+class Placeholder:
+    """Among the arguments of a task, for the result of its parent of this index."""
 
-    __slots__ = ("number",)
+    __slots__ = ("index",)
 
-    def __init__(self, number: int) -> None:
-        self.number = number
+    def __init__(self, index: int) -> None:
+        self.index = index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Slot, (self.number,)
+        return Placeholder, (self.index,)
 
 
 def fill(value: Any, parents: Sequence[Any]) -> Any:
-    """Put the parents' results in their places: at the top, and one level into containers."""
-    results = [p.outcome.stdout if isinstance(p, ProgramResult) else p for p in parents]
+    """Replace placeholders in an argument, also as elements of it, by the parents' results."""
 
-    def one(inner: Any) -> Any:
-        return results[inner.number] if type(inner) is Slot else inner
+    def replace(inner: Any) -> Any:
+        if type(inner) is not Placeholder:
+            return inner
+        result = parents[inner.index]
+        return result.outcome.stdout if isinstance(result, ProgramResult) else result
 
-    if type(value) in (list, tuple, set):
-        return type(value)(one(inner) for inner in value)
-    if type(value) is dict:
-        return {name: one(inner) for name, inner in value.items()}
-    return one(value)
+    return map_elements(value, replace)
 
 
 # ---------------------------------------------------------------------- functions
 
-# The last functions that this worker unpickled. A burst is of one function more often than not.
+# The functions that this worker unpickled last: most bursts are calls of one function.
 _functions: dict[bytes, Callable[..., Any]] = {}
 _FUNCTIONS_KEPT = 128
 
@@ -152,35 +162,34 @@ def run_function(call: Call, parents: Sequence[Any] = ()) -> Any:
         CallFailed: it raised, or it or its result cannot be pickled or unpickled.
     """
     try:
-        with _host(call.plugin).running(call.key) as run:
+        with _tracker(call.plugin).running(call.key) as run:
             function = _load_function(call.function)
             args, kwargs = serialization.loads(call.arguments, "arguments of the function")
             if parents:
                 args = [fill(value, parents) for value in args]
                 kwargs = {name: fill(value, parents) for name, value in kwargs.items()}
-            value = function(*args, **kwargs)
-            if isinstance(value, Coroutine):
-                value = run.coroutine(value)
-            return _checked(value)
+            return _picklable(call_function(function, args, kwargs, watch=run.watch))
     except Refused:
         raise
     except BaseException as error:
         # SystemExit too: it is the function that ends, not the worker.
-        trace = error.__traceback__
-        error.__traceback__ = trace.tb_next if trace is not None else None
+        strip_frames(error)
         failure = _failed(call.key, error)
-    # Not from within the except: Dask pickles what an exception was raised in the wake of, too.
+    # Outside of the except clause: Dask would pickle the `__context__` of the exception, too.
     raise failure
 
 
 _PLAIN = (int, float, str, bytes, bool, complex, type(None), bytearray)
 
 
-def _checked(value: Any) -> Any:
+def _picklable(value: Any) -> Any:
     """Return the value, if it can be pickled.
 
-    Dask learns only while it sends a result that this one can't be pickled, fails all that travel
-    with it, and tries again and again. Buffers (arrays) are not copied for the test.
+    Dask notices that a result cannot be pickled only when it sends it, fails all results that it
+    sends together, and retries without end. Buffers (arrays) are not copied for this check.
+
+    Raises:
+        SerializationError: it cannot.
     """
     if type(value) not in _PLAIN:
         try:
@@ -212,26 +221,27 @@ class Program(NamedTuple):
     plugin: str
     key: str
     executable: Executable
-    words: list[str | Slot]  # a slot: what a parent printed
+    words: list[str | Placeholder]  # in place of one comes the stdout of that parent
     folder: str  # of the client, for output files
-    marker: str  # a file there, by which a worker knows that it sees that folder
+    marker: str  # a file in it: a worker that finds it shares the folder
 
 
-async def run_program(sealed: OpaqueBytes, parents: Sequence[Any] = ()) -> ProgramResult:
-    """Run an executable as a child of this worker's warden and return how it ended.
+async def run_program(pickled: OpaqueBytes, parents: Sequence[Any] = ()) -> ProgramResult:
+    """Run a pickled `Program` as a child of this worker's warden, and return how it ended.
 
-    On the worker's loop: the child has the task's slot, and no thread waits for it.
+    A coroutine, so that Dask awaits it on the worker's loop: it occupies a place like any task, but
+    no thread waits for the child.
 
     Raises:
         ProgramFailed: its exit code is not 0, or it could not be started.
         Refused: it was stopped.
-        CallFailed: it could not even be tried.
+        CallFailed: it could not be tried.
     """
-    program = cast("Program", serialization.loads(sealed.data, "executable"))
-    host = _host(program.plugin)
+    program = cast("Program", serialization.loads(pickled.data, "executable"))
+    tracker = _tracker(program.plugin)
     try:
-        with host.running(program.key, announce=False) as run:  # its child announces itself
-            result = await host.spawn(run, program, parents)
+        with tracker.running(program.key, has_started=False) as run:
+            result = await tracker.run_child(run, program, parents)
     except (Refused, asyncio.CancelledError):
         raise
     except Exception as error:
@@ -257,7 +267,7 @@ class OpaqueBytes:
         return OpaqueBytes, (self.data,)
 
 
-def _fetch(path: str | None) -> bytes | None:
+def _take_file(path: str | None) -> bytes | None:
     if path is None:
         return None
     with open(path, "rb") as file:
@@ -266,7 +276,7 @@ def _fetch(path: str | None) -> bytes | None:
     return data
 
 
-def _shares(program: Program) -> bool:
+def _shares_folder(program: Program) -> bool:
     """Whether this worker sees the client's directory for output files."""
     return os.path.exists(program.marker)
 
@@ -276,7 +286,7 @@ def _execution(
 ) -> ExecutableRun:
     """Describe a run; `scratch` makes a directory of this worker."""
     words = [
-        argument_str(fill(word, parents)) if isinstance(word, Slot) else word
+        argument_str(fill(word, parents)) if isinstance(word, Placeholder) else word
         for word in program.words
     ]
     executable = program.executable._replace(words=words)
@@ -289,179 +299,188 @@ def _execution(
 
 
 class _Run:
-    """A call that runs; what `TaskTracker.stop` needs to stop it."""
+    """A task that runs on this worker, with what `TaskTracker.stop` needs to stop it."""
 
-    __slots__ = ("child", "ended", "key", "loop", "task")
+    __slots__ = ("child", "ended", "key", "loop", "started", "task")
 
     def __init__(self, key: str) -> None:
         self.key = key
+        self.started: float | None = None  # seconds of time.monotonic()
         self.ended = threading.Event()
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop: asyncio.AbstractEventLoop | None = None  # of an async function
         self.task: asyncio.Task[Any] | None = None
-        self.child: int | None = None
+        self.child: int | None = None  # of an executable: the runner's number of it
 
-    def coroutine(self, coroutine: Any) -> Any:
-        """Run the coroutine of an async function on a loop of its own."""
-
-        async def main() -> Any:
-            self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
-            return await coroutine
-
-        return asyncio.run(main())
+    async def watch(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        """Run the coroutine of an async function, where it can be cancelled."""
+        self.loop, self.task = asyncio.get_running_loop(), asyncio.current_task()
+        return await coroutine
 
 
-class _Running:
-    """Registers a call for as long as it runs."""
-
-    __slots__ = ("announce", "host", "run")
-
-    def __init__(self, host: TaskTracker, key: str, announce: bool) -> None:
-        self.host = host
-        self.run = _Run(key)
-        self.announce = announce
-
-    def __enter__(self) -> _Run:
-        self.host._begin(self.run, self.announce)
-        return self.run
-
-    def __exit__(self, *exc: object) -> None:
-        self.host._end(self.run)
-
-
-def _host(name: str) -> TaskTracker:
+def _tracker(name: str) -> TaskTracker:
     return cast("TaskTracker", get_worker().plugins[name])
 
 
 class TaskTracker(WorkerPlugin):
-    """Knows the calls that run on this worker, reports their starts, and stops them."""
+    """Knows the backend's tasks that run on this worker, reports their starts, and stops them.
+
+    Args:
+        name: of this plugin, and of the topic of its messages.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def setup(self, worker: Any) -> None:
-        """Called by Dask when the worker has the plugin."""
-        self.worker = worker
-        self.lock = threading.Lock()
-        self.runs: dict[str, _Run] = {}
-        self.refused: dict[str, None] = {}  # cancelled before they started, the latest last
-        self.fresh: list[str] = []  # started, and not reported yet
-        self.runner: ExecutableRunner | None = None
-        self.scratch: str | None = None
+    def setup(self, worker: Worker) -> None:
+        """Called by Dask when the plugin is installed."""
+        self._worker = worker
+        self._lock = threading.Lock()  # functions run on the worker's threads
+        self._runs: dict[str, _Run] = {}
+        self._refused: dict[str, None] = {}  # cancelled before they started, the latest last
+        self._unreported: dict[str, _Run] = {}  # those that have started, in this order
+        self._report_scheduled = False
+        self._runner: ExecutableRunner | None = None
+        self._scratch: str | None = None
 
-    async def teardown(self, worker: Any) -> None:
-        """Called by Dask when the worker closes or the plugin goes: the children go too."""
-        if self.runner is not None:
-            await self.runner.close()
-        if self.scratch is not None:
-            shutil.rmtree(self.scratch, ignore_errors=True)
+    async def teardown(self, worker: Worker) -> None:
+        """Called by Dask when the worker closes or the plugin is removed: ends the children."""
+        if self._runner is not None:
+            await self._runner.close()
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
-    def transition(self, key: Any, start: str, finish: str, **kwargs: Any) -> None:
-        """A task that the scheduler wants no more (its client has gone) loses its child."""
-        if (finish == "released" or finish == "cancelled") and key in self.runs:
-            child = self.runs[key].child
-            if child is not None and self.runner is not None:
-                self.runner.kill(child, GRACE)
+    def transition(self, key: str, start: str, finish: str, **_: Any) -> None:
+        """Called by Dask when a key changes its state here: ends the child of one that is let go.
 
-    def running(self, key: str, *, announce: bool = True) -> _Running:
-        """A context in which a call runs; entering it raises Refused for one that was cancelled."""
-        return _Running(self, key, announce)
+        The scheduler does not want it any more, for instance because its client has gone.
+        """
+        if (finish == "released" or finish == "cancelled") and key in self._runs:
+            child = self._runs[key].child
+            if child is not None and self._runner is not None:
+                self._runner.kill(child, GRACE)
 
-    def _begin(self, run: _Run, announce: bool) -> None:
-        with self.lock:
-            if self.refused and run.key in self.refused:
-                del self.refused[run.key]
-                raise Refused(run.key)
-            self.runs[run.key] = run
-        if announce:
-            self._announce(run.key)
+    @contextlib.contextmanager
+    def running(self, key: str, *, has_started: bool = True) -> Iterator[_Run]:
+        """Register a task while it runs; an executable has started when its child has.
 
-    def _announce(self, key: str) -> None:
-        with self.lock:
-            first = not self.fresh
-            self.fresh.append(key)
-        if first:
-            loop = self.worker.loop.asyncio_loop
-            loop.call_soon_threadsafe(loop.call_later, RUNNING_AFTER, self._report)
+        Raises:
+            Refused: it was cancelled before.
+        """
+        run = _Run(key)
+        with self._lock:
+            if self._refused and key in self._refused:
+                del self._refused[key]
+                raise Refused(key)
+            self._runs[key] = run
+        if has_started:
+            self._on_start(run)
+        try:
+            yield run
+        finally:
+            with self._lock:
+                if self._runs.get(key) is run:
+                    del self._runs[key]
+                if self._unreported.get(key) is run:
+                    del self._unreported[key]
+            run.ended.set()
 
-    def _end(self, run: _Run) -> None:
-        with self.lock:
-            if self.runs.get(run.key) is run:
-                del self.runs[run.key]
-        run.ended.set()
+    # ------------------------------------------------------------------ reports
+
+    def _on_start(self, run: _Run) -> None:
+        run.started = time.monotonic()
+        with self._lock:
+            self._unreported[run.key] = run
+            schedule = not self._report_scheduled
+            self._report_scheduled = True
+        if schedule:
+            loop = self._worker.loop.asyncio_loop
+            loop.call_soon_threadsafe(loop.call_later, _RUNNING_AFTER, self._report)
 
     def _report(self) -> None:
-        """Tell the client which calls have started and still run."""
-        with self.lock:
-            fresh, self.fresh = self.fresh, []
-            keys = [key for key in fresh if key in self.runs]
-        if keys:
-            self.worker.log_event(self.name, {"running": keys, "worker": self.worker.address})
+        """Tell the client which tasks have run for `_RUNNING_AFTER`. On the worker's loop."""
+        now = time.monotonic()
+        due: list[str] = []
+        wait: float | None = None
+        with self._lock:
+            for key, run in self._unreported.items():
+                assert run.started is not None
+                wait = run.started + _RUNNING_AFTER - now
+                if wait > 0.001:  # timers may fire a little early
+                    break
+                due.append(key)
+            else:
+                wait = None
+            for key in due:
+                del self._unreported[key]
+            self._report_scheduled = wait is not None
+        if wait is not None:
+            asyncio.get_running_loop().call_later(wait, self._report)
+        if due:
+            message: Message = {"running": due, "worker": self._worker.address}
+            self._worker.log_event(self.name, message)
 
-    async def spawn(self, run: _Run, program: Program, parents: Sequence[Any]) -> ProgramResult:
+    # ------------------------------------------------------------------ executables
+
+    async def run_child(self, run: _Run, program: Program, parents: Sequence[Any]) -> ProgramResult:
         """Start a child and wait for its end."""
-        if self.runner is None:
-            self.runner = ExecutableRunner()
-        shares = _shares(program)
-        execution = _execution(program, parents, shares, self._scratch)
-        announce = functools.partial(self._announce, program.key)
-        run.child, ended = self.runner.start(execution, announce)
+        if self._runner is None:
+            self._runner = ExecutableRunner()
+        shares = _shares_folder(program)
+        execution = _execution(program, parents, shares, self._scratch_folder)
+        run.child, ended = self._runner.start(execution, functools.partial(self._on_start, run))
         try:
             outcome = await ended
         except asyncio.CancelledError:
-            self.runner.kill(run.child, GRACE)
+            self._runner.kill(run.child, GRACE)
             raise
         host = socket.gethostname()
         if shares:
             return ProgramResult(outcome, host)
         files = (outcome.stdout_file, outcome.stderr_file)
-        return ProgramResult(outcome, host, *[await asyncio.to_thread(_fetch, f) for f in files])
+        data = [await asyncio.to_thread(_take_file, path) for path in files]
+        return ProgramResult(outcome, host, *data)
 
-    def _scratch(self) -> str:
-        """A folder of this worker, for outputs that a client elsewhere cannot have in its own."""
-        if self.scratch is None:
-            self.scratch = tempfile.mkdtemp(prefix="rhapsody-", dir=self.worker.local_directory)
-        return self.scratch
+    def _scratch_folder(self) -> str:
+        """Return a folder of this worker, for the outputs of clients whose folder it lacks."""
+        if self._scratch is None:
+            self._scratch = tempfile.mkdtemp(prefix="rhapsody-", dir=self._worker.local_directory)
+        return self._scratch
 
-    async def stop(self, keys: list[str], grace: float) -> dict[str, str]:
-        """Stop calls; returns for each key that is here or was never seen what became of it.
+    # ------------------------------------------------------------------ stop
 
-        `stopped`: it ran and has ended; `busy`: it runs and can't be interrupted; `done`: its
-        result is here; `absent`: it has not started here, and now never will.
-        """
-        found: dict[str, str] = {}
+    async def stop(self, keys: list[str], grace: float) -> dict[str, StopResult]:
+        """Stop tasks, and refuse those that have not started; returns what became of each."""
+        found: dict[str, StopResult] = {}
         runs: list[_Run] = []
-        with self.lock:
+        with self._lock:
             for key in keys:
-                if (run := self.runs.get(key)) is not None:
+                if (run := self._runs.get(key)) is not None:
                     runs.append(run)
-                elif key in self.worker.data:
-                    found[key] = "done"
+                elif key in self._worker.data:
+                    found[key] = StopResult.DONE
                 else:
-                    self.refused[key] = None
-                    found[key] = "absent"
-            while len(self.refused) > 100_000:
-                del self.refused[next(iter(self.refused))]
-        for run, word in zip(
-            runs, await asyncio.gather(*(self._stop(run, grace) for run in runs)), strict=True
-        ):
-            found[run.key] = word
-        return found
+                    self._refused[key] = None
+                    found[key] = StopResult.ABSENT
+            while len(self._refused) > _REFUSED_KEPT:
+                del self._refused[next(iter(self._refused))]
+        results = await asyncio.gather(*(self._stop(run, grace) for run in runs))
+        return {**found, **{run.key: result for run, result in zip(runs, results, strict=True)}}
 
-    async def _stop(self, run: _Run, grace: float) -> str:
-        if run.child is not None and self.runner is not None:
-            self.runner.kill(run.child, grace)
+    async def _stop(self, run: _Run, grace: float) -> StopResult:
+        if run.child is not None and self._runner is not None:
+            self._runner.kill(run.child, grace)
         elif run.loop is not None and run.task is not None:
             with contextlib.suppress(RuntimeError):  # it ended just now, and its loop is closed
                 run.loop.call_soon_threadsafe(run.task.cancel)
         else:
-            return "busy"
+            return StopResult.BUSY
         loop = asyncio.get_running_loop()
         ended = await loop.run_in_executor(None, run.ended.wait, grace + 5.0)
-        return "stopped" if ended else "busy"
+        return StopResult.STOPPED if ended else StopResult.BUSY
 
 
 async def stop_calls(
-    name: str, keys: list[str], grace: float, dask_worker: Any = None
-) -> dict[str, str]:
-    """What `Client.run` calls on each worker to stop calls there."""
+    name: str, keys: list[str], grace: float, dask_worker: Worker
+) -> dict[str, StopResult]:
+    """Stop tasks on a worker; for `Client.run`."""
     return await cast("TaskTracker", dask_worker.plugins[name]).stop(keys, grace)

@@ -95,9 +95,7 @@ class NodeAgents:
         cores = {node.host: node.cores for node in found}
         gpus = {node.host: node.gpus for node in found}
         self._queue = native.Queue()
-        self.context = RunContext(
-            secrets.token_hex(16), serialization.dumps(self._queue, "queue")
-        )
+        self.context = RunContext(secrets.token_hex(16), serialization.dumps(self._queue, "queue"))
         for host in cores:
             # On the node that reads it: an idle agent asks no other node.
             self._requests[host] = native.Queue(policy=host_policy(host))

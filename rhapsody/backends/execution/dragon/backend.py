@@ -126,9 +126,8 @@ class DragonExecutionBackendV3(BaseDragonBackend):
         return inquiry.running
 
     def _on_reply(self, message: RevokeReply | StopReply | WorkerUp) -> None:
-        if isinstance(message, RevokeReply):
-            if (inquiry := self._inquiries.get(message.request)) is not None:
-                inquiry.add(message)
+        if isinstance(message, RevokeReply) and message.request in self._inquiries:
+            self._inquiries[message.request].add(message)
 
     # ------------------------------------------------------------------ a Batch that lost a worker
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, ClassVar
 
 from rhapsody.backends.base import BaseExecutionBackend, Event, Task
+from rhapsody.backends.options import is_number
 from rhapsody.runtime.errors import BackendError, RhapsodyError, TaskTimeoutError, WorkerLostError
 
 from .agents import NodeAgents
@@ -85,7 +86,7 @@ class BaseDragonBackend(BaseExecutionBackend, ABC):
             raise BackendError(
                 f"num_nodes must be an int of at least 1, not {num_nodes!r}", backend=name
             )
-        if not isinstance(node_timeout, (int, float)) or node_timeout < 3:
+        if not is_number(node_timeout) or node_timeout < 3:
             raise BackendError(
                 f"node_timeout must be 3 s or more, not {node_timeout!r}", backend=name
             )
@@ -181,7 +182,7 @@ class BaseDragonBackend(BaseExecutionBackend, ABC):
         if self._heartbeat_timer is not None:
             self._heartbeat_timer.cancel()
         if self._broken is None:
-            await self._drain()
+            await self._cancel_waiting()
             if self._changes:  # a Batch that nobody ends keeps the program from ending
                 await asyncio.wait(self._changes, timeout=CLOSE_TIMEOUT)
             children = [t for t in self._by_uid.values() if t.started and not t.is_function]
@@ -201,7 +202,7 @@ class BaseDragonBackend(BaseExecutionBackend, ABC):
                 with contextlib.suppress(OSError):  # only an empty folder of a session is litter
                     os.rmdir(self._work_dir)
 
-    async def _drain(self) -> None:
+    async def _cancel_waiting(self) -> None:
         """Cancel what waits, or one task would start for each that is stopped."""
         for executor in list(self._executors.values()):
             try:
@@ -398,7 +399,7 @@ class BaseDragonBackend(BaseExecutionBackend, ABC):
             if self._agents is not None:
                 self._agents.busy.clear()
         self._on_settled(task)
-        return task.task, state, fields
+        return Event(task.task, state, fields)
 
     def _settle(self, task: DragonTask, outcome: Outcome) -> None:
         if not task.ended:

@@ -203,9 +203,7 @@ class BatchExecutor(Executor):
         return None
 
     def _function(self, task: DragonTask) -> Any:
-        return self._batch.function(
-            run_task, self._context, self.number, task.number, task.payload
-        )
+        return self._batch.function(run_task, self._context, self.number, task.number, task.payload)
 
     def _job(self, task: DragonTask) -> Any:
         process = importlib.import_module("dragon.native.process")

@@ -10,7 +10,7 @@ import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Union
+from typing import NamedTuple
 
 from .node.context import GRACE, RunContext
 from .placement import NodeAllocator
@@ -69,8 +69,8 @@ class ExecutorFailed(NamedTuple):
     error: BaseException
 
 
-TaskEvent = Union[ProcessesStarted, ProcessesExited, TaskCancelled, TaskRefused, TaskFailed]
-ExecutorEvent = Union[TaskEvent, ExecutorFailed]
+TaskEvent = ProcessesStarted | ProcessesExited | TaskCancelled | TaskRefused | TaskFailed
+ExecutorEvent = TaskEvent | ExecutorFailed
 # Called on any thread of an executor; the first argument is the executor.
 Report = Callable[["Executor", ExecutorEvent], None]
 
@@ -109,7 +109,7 @@ class Executor(ABC):
         """Keep a task from being given to Dragon; False where it is there already. May block."""
 
     def drain(self) -> list[DragonTask]:
-        """Give back the tasks that wait here, if any do; Batch has a queue of its own. May block."""
+        """Give back the tasks that wait here, if any do; Batch has its own queue. May block."""
         return []
 
     @abstractmethod

@@ -120,9 +120,8 @@ class _LegacyBackend(BaseDragonBackend):
         return not task.ended and (stop.signalled or not had_started)
 
     def _on_reply(self, message: RevokeReply | StopReply | WorkerUp) -> None:
-        if isinstance(message, StopReply):
-            if (stop := self._stops.get(message.number)) is not None:
-                stop.add(message)
+        if isinstance(message, StopReply) and message.number in self._stops:
+            self._stops[message.number].add(message)
 
 
 class DragonExecutionBackendV1(_LegacyBackend):

@@ -18,9 +18,9 @@ from rhapsody.backends.options import (
     option,
     option_table,
 )
-from rhapsody.runtime.arguments import Task, kind_of
 from rhapsody.runtime.errors import ResourceError, TaskValidationError
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.task import Task, kind_of
 from rhapsody.runtime.text import describe_value
 
 from .resources import Nodes, is_pinned

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError, TaskExecutionError, WorkerLostError
@@ -41,7 +41,7 @@ class RankOutcome(NamedTuple):
 
 
 # A message of a node, with its result unpickled.
-NodeEvent = Union[NodeMessage, TaskOutcome, RankOutcome]
+NodeEvent = NodeMessage | TaskOutcome | RankOutcome
 
 
 def read(message: NodeMessage) -> NodeEvent:

@@ -23,9 +23,9 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from rhapsody.backends.discovery import install_hint
-from rhapsody.launch.dragon.command import check_shared_memory, find_launcher, path_for
+from rhapsody.launch.dragon.command import find_launcher, path_with_launcher
 from rhapsody.launch.dragon.pmix import with_pmix
-from rhapsody.launch.dragon.shared_memory import Segments
+from rhapsody.launch.dragon.shared_memory import SegmentTracker, check_shared_memory
 from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.local.children import Children
 
@@ -90,7 +90,7 @@ class Runtime:
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
         self._children: Children | None = None
-        self._segments: Segments | None = None
+        self._segments: SegmentTracker | None = None
         self._libraries: str | None = None  # a folder that the runtime takes libraries from
 
     @property
@@ -150,13 +150,13 @@ class Runtime:
 
     async def _start(self) -> None:
         self._children = Children(lambda events: None)
-        self._segments = Segments()
+        self._segments = SegmentTracker()
         dragon = find_launcher(os.environ) or "dragon"
         runtime: Any = importlib.import_module("dragon.workflows.runtime")
         # The program that keeps a runtime up until it is told to stop; private, in 0.15.0.
         head = runtime._HEAD_SCRIPT
         environ = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
-        environ["PATH"] = path_for(dragon, environ)
+        environ["PATH"] = path_with_launcher(dragon, environ)
         self._process = await asyncio.create_subprocess_exec(
             *(dragon, "-s", "-a", head),
             stdin=asyncio.subprocess.DEVNULL,
@@ -229,7 +229,7 @@ class Runtime:
             await asyncio.to_thread(self._kill, process.pid)
             await process.wait()
             if self._segments is not None:
-                self._segments.remove()
+                self._segments.unlink()
         if self._libraries is not None:
             shutil.rmtree(self._libraries, ignore_errors=True)
         if self._reader is not None:
@@ -239,11 +239,11 @@ class Runtime:
             await self._children.close()
 
     def _kill(self, root: int) -> None:
-        from rhapsody.runtime.local.warden import __main__ as warden
+        from rhapsody.runtime.local.warden.process_tree import descendants, suspend
 
-        members = warden.hold(lambda table: {root, *warden.descendants([root], table)})
+        members = suspend(lambda table: {root, *descendants([root], table)})
         if self._segments is not None:
-            self._segments.look(members)
+            self._segments.record(members)
         for pid in members:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

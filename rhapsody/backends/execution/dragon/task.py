@@ -15,8 +15,9 @@ from typing import Any, NamedTuple
 
 from rhapsody.backends.options import EXECUTABLE_OPTIONS
 from rhapsody.runtime import serialization
-from rhapsody.runtime.arguments import Task, command_of, inputs_of, kind_of
+from rhapsody.runtime.arguments import command_of, inputs_of
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.task import Task, kind_of
 
 from .node.messages import pack_task
 from .resources import Placement, is_pinned
@@ -123,7 +124,7 @@ class Planner:
             SerializationError: its function or arguments cannot be pickled.
         """
         planned = DragonTask(task, self.next_number())
-        plain = type(task) is not dict and task._options is None  # most: nothing to look up
+        plain = not isinstance(task, dict) and task._options is None  # most: nothing to look up
         options = {} if plain else task.get("task_backend_specific_kwargs") or {}
         need: Resources | None = None if plain else task.get("resources")
         planned.timeout = options.get("timeout")

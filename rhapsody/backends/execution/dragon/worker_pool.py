@@ -260,6 +260,4 @@ class WorkerPool(QueuedExecutor):
                     self._missing.append(host)
                     self._failed_starts += 1
         if self._failed_starts >= _FAILED_STARTS:
-            raise RuntimeError(
-                f"{self._failed_starts} workers in a row ended before they were up"
-            )
+            raise RuntimeError(f"{self._failed_starts} workers in a row ended before they were up")

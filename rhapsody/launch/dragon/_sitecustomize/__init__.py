@@ -1,1 +1,1 @@
-"""A folder for PYTHONPATH, see ``small_machine`` beside it."""
+"""A folder for PYTHONPATH; see ``idle_patches``."""

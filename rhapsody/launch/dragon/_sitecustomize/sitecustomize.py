@@ -1,4 +1,4 @@
-"""Applies ``idle_patches`` in this Python, then runs the ``sitecustomize`` that this one hides."""
+"""Installs ``idle_patches`` in this Python, then runs the ``sitecustomize`` that this one hides."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from types import ModuleType
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
-def _small_machine() -> ModuleType:
-    """The module, by its path: the package would take longer, in every Python that starts."""
+def _load_patches() -> ModuleType:
+    """Load the module by its path: importing the package would slow every Python's start down."""
     path = os.path.join(os.path.dirname(_HERE), "idle_patches.py")
-    spec = spec_from_file_location("rhapsody_small_machine", path)
+    spec = spec_from_file_location("rhapsody_idle_patches", path)
     assert spec is not None
     assert spec.loader is not None
     module = sys.modules[spec.name] = module_from_spec(spec)
@@ -22,7 +22,7 @@ def _small_machine() -> ModuleType:
     return module
 
 
-def _next_sitecustomize() -> None:
+def _run_hidden_sitecustomize() -> None:
     """Run the module of this name that would have been found without this folder."""
     folders = [os.path.abspath(folder) for folder in sys.path]
     after = sys.path[folders.index(_HERE) + 1 :] if _HERE in folders else []
@@ -31,5 +31,5 @@ def _next_sitecustomize() -> None:
         spec.loader.exec_module(module_from_spec(spec))
 
 
-_small_machine().install()
-_next_sitecustomize()
+_load_patches().install()
+_run_hidden_sitecustomize()

@@ -32,7 +32,7 @@ class GroupJoinPatch:
 
 
 def _apply() -> GroupJoinPatch:
-    groups = importlib.import_module("dragon.native.process_group")
+    groups: Any = importlib.import_module("dragon.native.process_group")
     process = importlib.import_module("dragon.globalservices.process")
 
     def join_manager(puid: int, timeout: float) -> Any:

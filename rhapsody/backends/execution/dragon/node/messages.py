@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 __all__ = [
     "CallResult",
@@ -58,7 +58,7 @@ class ExecutableResult(NamedTuple):
     fields: dict[str, Any]  # result fields, of which `exception` is pickled
 
 
-TaskResult = Union[CallResult, ExecutableResult]
+TaskResult = CallResult | ExecutableResult
 
 # ---------------------------------------------------------------------- to the driver
 
@@ -136,10 +136,17 @@ class StopReply(NamedTuple):
     signalled: bool  # whether something ran, and got a signal
 
 
-NodeMessage = Union[
-    NodeInfo, Heartbeat, TaskStarted, TaskEnded, RankEnded, WorkerUp, WorkerLost, RevokeReply,
-    StopReply,
-]  # fmt: skip
+NodeMessage = (
+    NodeInfo
+    | Heartbeat
+    | TaskStarted
+    | TaskEnded
+    | RankEnded
+    | WorkerUp
+    | WorkerLost
+    | RevokeReply
+    | StopReply
+)
 
 
 def pack_messages(*messages: NodeMessage) -> bytes:
@@ -174,13 +181,13 @@ class LeaveRequest:
     """End."""
 
 
-Request = Union[RevokeRequest, StopRequest, LeaveRequest]
+Request = RevokeRequest | StopRequest | LeaveRequest
 
 # ---------------------------------------------------------------------- to a worker
 
 
 class TaskMessage(NamedTuple):
-    """A task on its way to a worker: a pickled call, or an executable for the local backend."""
+    """A task on its way to a worker: a pickled call, or an executable as a plain dict."""
 
     directory: str  # for output files and large results
     call: bytes | None

@@ -1,25 +1,29 @@
 """Runs tasks on a node: in the workers of a Batch or of a pool, and as ranks of a job.
 
 A worker runs a function on its own thread, as one of Dragon's, so that the function can use what
-Dragon offers; an executable runs under the local backend in that worker. The number of the task
-that it runs it writes to a file in the node's directory, where the agent reads it.
+Dragon offers; an executable runs as a child of that worker. The number of the task that it runs is
+in a file of the node's directory, where the agent reads it.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import pickle
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from concurrent.futures import Future
-from typing import Any
+from concurrent.futures import Future, wait
 
 from rhapsody.runtime import serialization
-from rhapsody.runtime.local.calls import is_coroutine
+from rhapsody.runtime.local.calls import call_function, strip_frames
+from rhapsody.runtime.local.executables import (
+    ExecutableRun,
+    ExecutableRunner,
+    Outcome,
+    describe,
+    start_error,
+)
 
 from .context import GRACE, NativeQueue, RunContext, node_directory, revoked_path
 from .messages import (
@@ -68,7 +72,7 @@ class WorkerChannel:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         path = os.path.join(self.directory, f"worker-{executor}-{os.getpid()}")
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
-        self._local: _LocalBackend | None = None
+        self._executables: _Executables | None = None
 
     def begin(self, number: int) -> None:
         """Write down a task, then see whether it is revoked; the agent does it the other way round.
@@ -87,9 +91,9 @@ class WorkerChannel:
         """Run a task to its end."""
         if message.call is not None:
             return run_call(message.call, os.path.join(message.directory, f".{number}.result"))
-        if self._local is None:
-            self._local = _LocalBackend()
-        return self._local.run(message)
+        if self._executables is None:
+            self._executables = _Executables()
+        return self._executables.run(message)
 
     def end(self) -> None:
         """Write down that no task runs."""
@@ -126,63 +130,76 @@ def run_call(call: bytes, path: str) -> CallResult:
         size = int.from_bytes(call[:4], "big")
         function = serialization.loads(call[4 : 4 + size], "function")
         args, kwargs = serialization.loads(call[4 + size :], "arguments of the function")
-        value = function(*args, **kwargs)
-        if is_coroutine(value):
-            value = asyncio.run(value)
-        data = serialization.dumps(value, "result")
+        data = serialization.dumps(call_function(function, args, kwargs), "result")
     except BaseException as error:
         # Dragon's own way to end a thread, and ours to end what a worker of a pool runs.
         if isinstance(error, Stopped) or type(error).__name__ == "_FunctionTaskCancelled":
             raise
         # SystemExit too: it is the function that ends, not the process.
-        trace = error.__traceback__
-        error.__traceback__ = trace.tb_next if trace is not None else None
+        strip_frames(error)
         return CallResult(False, serialization.pack_exception(error))
     return CallResult(True, spill(data, path, _LARGEST_RESULT))
 
 
-class _LocalBackend:
-    """The local backend in a worker of Dragon's, on an event loop of its own."""
+class _Executables:
+    """Runs executables, one at a time, as children of this process.
+
+    On an event loop of its own, so that this worker's thread wakes when Dragon cancels the task.
+    """
 
     def __init__(self) -> None:
-        from rhapsody.backends.execution.concurrent import ConcurrentExecutionBackend
-
-        self.directory = os.getcwd()
-        self.end: Future[tuple[str, dict[str, Any]]] = Future()
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True, name="rhapsody-local").start()
-        self.backend = ConcurrentExecutionBackend(name="dragon", slots=1, grace=GRACE)
-        self.backend.attach("dragon", self._listen, lambda: self.directory)
+        self._loop = asyncio.new_event_loop()
+        self._runner: ExecutableRunner | None = None
+        self._key: int | None = None  # of the run
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="rhapsody-local").start()
 
     def run(self, message: TaskMessage) -> ExecutableResult:
         """Run an executable to its end."""
-        self.end = Future()
-        self.directory = message.directory
-        task = {**(message.executable or {})}
-        submit = asyncio.run_coroutine_threadsafe(self.backend.submit_tasks([task]), self.loop)
+        ended: Future[Outcome] = Future()
+        self._loop.call_soon_threadsafe(self._start, message, ended)
         try:
-            submit.result()
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    state, fields = self.end.result(_WAKE_EVERY)
-                    break
+            while not wait([ended], _WAKE_EVERY).done:
+                pass
         except BaseException:
             # It is cancelled, which is true only when the child has ended.
-            submit.exception()  # wait for it, if it was interrupted
-            stop = self.backend.cancel_task(task["uid"])
-            asyncio.run_coroutine_threadsafe(stop, self.loop).result()
+            self._loop.call_soon_threadsafe(self._kill)
+            wait([ended])
             raise
-        if (error := fields.get("exception")) is not None:
-            fields["exception"] = serialization.pack_exception(error)
+        error = ended.exception()
+        if isinstance(error, Exception):
+            packed = serialization.pack_exception(start_error(error, "dragon"))
+            return ExecutableResult("FAILED", {"exception": packed})
+        outcome = ended.result()
+        fields = outcome.fields()
+        if outcome.error is not None:
+            fields["exception"] = serialization.pack_exception(outcome.error)
         for name in ("started", "ended"):  # of this machine's clock
-            fields.pop(name, None)
-        return ExecutableResult(state, fields)
+            del fields[name]
+        return ExecutableResult(outcome.state, fields)
 
-    def _listen(self, burst: Sequence[tuple[Any, str, Any]]) -> None:
-        self.backend._work_dir = None  # the next task may be another session's
-        for _, state, fields in burst:
-            if state != "RUNNING" and not self.end.done():
-                self.end.set_result((state, dict(fields or {})))
+    def _start(self, message: TaskMessage, ended: Future[Outcome]) -> None:
+        assert message.executable is not None
+        self._key = None
+        try:
+            if self._runner is None:
+                self._runner = ExecutableRunner("dragon")
+            run = ExecutableRun(describe(message.executable), message.directory)
+            self._key, outcome = self._runner.start(run)
+        except Exception as error:  # the task's own, such as a directory that is not there
+            ended.set_exception(error)
+            return
+
+        def copy(outcome: asyncio.Future[Outcome]) -> None:
+            if (error := outcome.exception()) is not None:
+                ended.set_exception(error)
+            else:
+                ended.set_result(outcome.result())
+
+        outcome.add_done_callback(copy)
+
+    def _kill(self) -> None:
+        if self._runner is not None and self._key is not None:
+            self._runner.kill(self._key, GRACE)
 
 
 def run_rank(context: RunContext, number: int, rank: int, call: bytes | str, path: str) -> None:
