@@ -22,9 +22,9 @@ def open_batch() -> None:
     """Make the Batch that the others use."""
     from dragon.workflows.batch import Batch
 
-    from rhapsody.backends.execution.dragon.runtime import meet_local_services
+    from rhapsody.backends.execution.dragon.runtime import init_local_services
 
-    meet_local_services()
+    init_local_services()
     global _batch
     _batch = Batch(results_ddict_managers_per_pool=1)  # a process each
 

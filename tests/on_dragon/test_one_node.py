@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from rhapsody.backends.execution.dragon.node.group_join import GroupJoinPatch
-from rhapsody.backends.execution.dragon.runtime import meet_local_services
+from rhapsody.backends.execution.dragon.runtime import init_local_services
 
 from . import raw, small
 from .command import Running
@@ -107,7 +107,7 @@ def _script(place: Sandbox, text: str, folder: Path) -> Running:
 # ---------------------------------------------------------------------- what Dragon trips over
 
 
-def _meet_among_freed_locks() -> None:
+def _init_among_freed_locks() -> None:
     """In a process that has yet to ask Dragon's local services anything."""
     import ctypes
 
@@ -126,7 +126,7 @@ def _meet_among_freed_locks() -> None:
         libc.free(lock)
     with pytest.raises(ChannelError, match="LOCK_ALREADY_INITD"):
         Channel.make_process_local()
-    meet_local_services()
+    init_local_services()
     Channel.make_process_local().destroy_process_local()
 
 
@@ -139,8 +139,8 @@ def _exit_code_of(function: Callable[[], None]) -> int:
     return int(process.returncode)
 
 
-def test_local_services_are_met_where_freed_locks_lie_about(runtime: Runtime) -> None:
-    assert runtime.call(_exit_code_of, _meet_among_freed_locks) == 0
+def test_local_services_start_where_locks_were_freed(runtime: Runtime) -> None:
+    assert runtime.call(_exit_code_of, _init_among_freed_locks) == 0
 
 
 def _join_until_it_ends() -> None:

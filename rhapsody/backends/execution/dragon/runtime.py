@@ -1,9 +1,8 @@
-"""The Dragon runtime: the one that this process is part of, or one of its own on this node.
+"""Finds the Dragon runtime that this process is part of, or starts one on this node.
 
-Dragon has a public way to start a runtime for a program that has none,
-`dragon.workflows.runtime.start_local_runtime`. It prints the runtime's access token, leaves the
-runtime in this process's group and behind when this process is killed. So the same command is
-started here, in a group of its own that our warden guards.
+Dragon's public function for the latter, `dragon.workflows.runtime.start_local_runtime`, prints the
+runtime's access token, starts the runtime in this process's group, and leaves it behind when this
+process is killed. So the same command is started here, in a process group that the warden guards.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from rhapsody.backends.discovery import install_hint
 from rhapsody.launch.dragon.command import find_launcher, path_with_launcher
@@ -29,46 +28,47 @@ from rhapsody.launch.dragon.shared_memory import SegmentTracker, check_shared_me
 from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.local.children import Children
 
-__all__ = ["Runtime", "meet_local_services", "on_thread"]
+__all__ = ["Runtime", "init_local_services", "on_thread"]
 
 _T = TypeVar("_T")
 
-# Releases of dragonhpc that were read and tried for what this room does.
-_TRIED = ("0.15.",)
+# Releases of dragonhpc for which the code here was read and tested.
+_TESTED = ("0.15.",)
 _START = 60.0  # seconds for a runtime to come up: 2 to 5 s on an idle machine
-_STOP = 15.0  # seconds for it to go: 0.7 s on an idle machine
-_MEETINGS = 1000  # attempts to meet the local services: as many freed locks may lie about
-_meeting = threading.Lock()
-# What a process of another runtime has in its environment, and a new one must not have.
-_FOREIGN = ("DRAGON_RT_UID", "DRAGON_FE_EXTERNAL_IP_ADDR", "DRAGON_HEAD_NODE_IP_ADDR")
+_STOP = 15.0  # seconds for it to end: 0.7 s on an idle machine
+_INIT_ATTEMPTS = 1000  # to initialize the local services: each may find a freed lock's memory
+_init_lock = threading.Lock()
+# Variables of the processes of a runtime, which must not reach another runtime.
+_RUNTIME_VARIABLES = ("DRAGON_RT_UID", "DRAGON_FE_EXTERNAL_IP_ADDR", "DRAGON_HEAD_NODE_IP_ADDR")
 
 
-async def on_thread(function: Callable[..., _T], *args: Any, timeout: float) -> _T:
-    """Call what may block for good on a thread of its own, which is given up after `timeout`.
+async def on_thread(function: Callable[..., _T], *args: object, timeout: float) -> _T:
+    """Call what may block for good on a daemon thread, which is abandoned after `timeout` seconds.
 
-    A daemon: one that never returns must not keep the program from ending.
+    A daemon, because a call that never returns must not keep the program from ending.
 
     Raises:
-        asyncio.TimeoutError: it has not returned.
+        asyncio.TimeoutError: the call has not returned.
     """
     loop = asyncio.get_running_loop()
     future: asyncio.Future[_T] = loop.create_future()
 
-    def settle(value: Any, error: BaseException | None) -> None:
+    def settle(value: _T | None, error: BaseException | None) -> None:
         if future.done():
             return
         if error is not None:
             future.set_exception(error)
         else:
-            future.set_result(value)
+            future.set_result(cast("_T", value))
 
     def run() -> None:
-        value, error = None, None
+        value: _T | None = None
+        error: BaseException | None = None
         try:
             value = function(*args)
-        except BaseException as raised:  # it is its caller's
+        except BaseException as raised:  # `settle` raises it to the caller
             error = raised
-        with contextlib.suppress(RuntimeError):  # the loop is closed: it was given up
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits
             loop.call_soon_threadsafe(settle, value, error)
 
     threading.Thread(target=run, daemon=True, name=f"dragon-{function.__name__}").start()
@@ -93,11 +93,6 @@ class Runtime:
         self._segments: SegmentTracker | None = None
         self._libraries: str | None = None  # a folder that the runtime takes libraries from
 
-    @property
-    def own(self) -> bool:
-        """Whether the runtime was started here."""
-        return self._process is not None
-
     async def open(self) -> None:
         """Find or start the runtime.
 
@@ -106,7 +101,7 @@ class Runtime:
         """
         self._check_release()
         if await on_thread(_in_dragon, timeout=_START):
-            await on_thread(meet_local_services, timeout=_START)
+            await on_thread(init_local_services, timeout=_START)
             return
         if self._num_nodes not in (None, 1):
             raise BackendError(
@@ -141,9 +136,9 @@ class Runtime:
                 f" ({error}): {hint}",
                 backend=self.name,
             ) from error
-        if not release.startswith(_TRIED):
+        if not release.startswith(_TESTED):
             raise BackendError(
-                f"backend '{self.name}' needs dragonhpc {' or '.join(t + 'x' for t in _TRIED)},"
+                f"backend '{self.name}' needs dragonhpc {' or '.join(t + 'x' for t in _TESTED)},"
                 f" and {release} is installed: {hint}",
                 backend=self.name,
             )
@@ -152,10 +147,10 @@ class Runtime:
         self._children = Children(lambda events: None)
         self._segments = SegmentTracker()
         dragon = find_launcher(os.environ) or "dragon"
-        runtime: Any = importlib.import_module("dragon.workflows.runtime")
-        # The program that keeps a runtime up until it is told to stop; private, in 0.15.0.
+        runtime = importlib.import_module("dragon.workflows.runtime")
+        # The program that keeps a runtime up until it is stopped; private, read in 0.15.0.
         head = runtime._HEAD_SCRIPT
-        environ = {k: v for k, v in os.environ.items() if k not in _FOREIGN}
+        environ = {k: v for k, v in os.environ.items() if k not in _RUNTIME_VARIABLES}
         environ["PATH"] = path_with_launcher(dragon, environ)
         self._process = await asyncio.create_subprocess_exec(
             *(dragon, "-s", "-a", head),
@@ -163,12 +158,12 @@ class Runtime:
             stdout=asyncio.subprocess.PIPE,
             env=with_pmix(environ, self._folder_of_libraries),
             limit=1 << 20,
-            # Ctrl-C is ours to answer; in a session of its own it hangs.
+            # Not for Ctrl-C, which this process handles; with a session of its own it hangs.
             process_group=0,  # type: ignore[call-arg]  # since 3.11, as Dragon
         )
         self._children.guard(self._process.pid)
         try:
-            info = await asyncio.wait_for(self._told(runtime.RUNTIME_INFO_PREFIX), _START)
+            info = await asyncio.wait_for(self._read_info(runtime.RUNTIME_INFO_PREFIX), _START)
             await on_thread(self._attach, runtime, info, timeout=_START)
         except BaseException as error:
             await self.close()
@@ -185,32 +180,32 @@ class Runtime:
         self._libraries = tempfile.mkdtemp(prefix="rhapsody-libraries-")
         return self._libraries
 
-    async def _told(self, prefix: str) -> dict[str, Any]:
-        """Read on until the runtime says how it is reached, and throw away what it says then."""
+    async def _read_info(self, prefix: str) -> dict[str, Any]:
+        """Read until the line that says how to attach; discard what the runtime prints later."""
         process = self._process
         assert process is not None
         assert process.stdout is not None
         while line := await process.stdout.readline():
-            _, found, said = line.decode(errors="replace").partition(prefix)
+            _, found, text = line.decode(errors="replace").partition(prefix)
             if found:
-                self._reader = asyncio.create_task(_throw_away(process.stdout))
-                return dict(json.loads(said))
+                self._reader = asyncio.create_task(_discard(process.stdout))
+                return dict(json.loads(text))
         raise BackendError(
             f"the Dragon runtime of backend '{self.name}' ended before it was up, with exit code"
-            f" {await process.wait()}; what it said is on stderr",
+            f" {await process.wait()}; its output is on stderr",
             backend=self.name,
         )
 
     def _attach(self, runtime: Any, info: dict[str, Any]) -> None:
-        messages: Any = importlib.import_module("dragon.infrastructure.messages")
+        messages = importlib.import_module("dragon.infrastructure.messages")
         described = messages.AttachableRuntimeDescr.from_sdict({**info, "tag": 0})
         handle = runtime.LocalRuntime(None, described, info.get("auth_token"))
         runtime.attach(timeout=_START, runtime=handle)
         self._handle = handle
-        meet_local_services()
+        init_local_services()
 
     async def close(self) -> None:
-        """Stop a runtime that was started here; what does not go is killed."""
+        """Stop a runtime that was started here; what does not end is killed."""
         process, self._process = self._process, None
         if process is None:
             return
@@ -249,17 +244,17 @@ class Runtime:
                 os.kill(pid, signal.SIGKILL)
 
 
-def meet_local_services() -> None:
-    """Let this process ask Dragon's local services for the first time, on one thread.
+def init_local_services() -> None:
+    """Make this process's first request to Dragon's local services, on one thread.
 
-    libdragon (0.15.0) makes the lock for that when it is first needed: in memory just taken from
-    malloc, which it refuses as a lock in use if a lock lay there before, as it does after what
-    Dragon has freed; and two threads may both make it. Where a Batch is the first who asks, it
-    fails. A second attempt gets other memory.
+    libdragon (0.15.0) makes a lock at the first request, in memory from malloc. Where another lock
+    was freed at that address, which Dragon does often, it takes the new one for a lock in use and
+    fails; also, two threads may both make it. A Batch that makes the first request fails with it.
+    Another attempt gets other memory.
     """
-    channels: Any = importlib.import_module("dragon.channels")
-    with _meeting:
-        for left in reversed(range(_MEETINGS)):
+    channels = importlib.import_module("dragon.channels")
+    with _init_lock:
+        for left in reversed(range(_INIT_ATTEMPTS)):
             try:
                 channels.Channel.make_process_local().destroy_process_local()
                 return
@@ -272,6 +267,6 @@ def _in_dragon() -> bool:
     return bool(importlib.import_module("dragon").in_dragon())
 
 
-async def _throw_away(stream: asyncio.StreamReader) -> None:
+async def _discard(stream: asyncio.StreamReader) -> None:
     while await stream.read(1 << 16):
         pass

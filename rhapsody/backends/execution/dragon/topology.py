@@ -1,4 +1,4 @@
-"""What the nodes of the Dragon runtime have that this process is part of; all of it may block."""
+"""Asks the Dragon runtime of this process what its nodes have. Calls may block."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Node(NamedTuple):
 
 def find_nodes(num_nodes: int | None = None) -> list[Node]:
     """Return the nodes, or the first of them."""
-    machine: Any = importlib.import_module("dragon.native.machine")
+    machine = importlib.import_module("dragon.native.machine")
     found = [machine.Node(uid) for uid in machine.System().nodes][:num_nodes]
     # Batch takes every core for two hardware threads.
     return [Node(n.hostname, max(1, n.num_cpus // 2), list(n.gpus or ())) for n in found]

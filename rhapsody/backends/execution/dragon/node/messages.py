@@ -202,7 +202,11 @@ class PoolTask(NamedTuple):
 
 
 def pack_task(directory: str, call: bytes | None, executable: dict[str, Any] | None) -> bytes:
-    """Return a `TaskMessage` as bytes: as a plain tuple, which takes half the time to pickle."""
+    """Return a `TaskMessage` as bytes.
+
+    A plain tuple is pickled, which takes 0.3 µs, and 3.0 with the class (Python 3.11, one core of a
+    virtual machine).
+    """
     return pickle.dumps((directory, call, executable), pickle.HIGHEST_PROTOCOL)
 
 
