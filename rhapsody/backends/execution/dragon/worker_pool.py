@@ -1,6 +1,6 @@
 """The crews of V1 and V2, which take the place of Batch: processes of a task's own, and a pool.
 
-As in `_dragon_crew`, nothing of Dragon's is called on the event loop's thread. Each crew has one
+As in `batch`, nothing of Dragon's is called on the event loop's thread. Each crew has one
 thread that calls Dragon's global services, which in 0.15.0 lose an answer now and then where
 several threads wait for one.
 """
