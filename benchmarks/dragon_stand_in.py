@@ -14,6 +14,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from benchmarks import side
+from rhapsody.backends.execution.dragon.node.messages import CallEnded, pack_messages
 
 _HOST = "here"
 _NONE = pickle.dumps(None)
@@ -35,7 +36,7 @@ class _Queue(queue.SimpleQueue[Any]):
         pass
 
 
-_queues: list[_Queue] = []  # the first is that for news
+_queues: list[_Queue] = []  # the first is that to the driver
 
 
 def _queue(number: int) -> _Queue:
@@ -83,11 +84,11 @@ class _Batch:
     def topology(self) -> Any:
         return SimpleNamespace(pool_hostnames=[[_HOST]], workers_per_pool=[side.cores()])
 
-    def function(self, target: Any, site: Any, crew: int, number: int, data: bytes) -> Any:
+    def function(self, target: Any, context: Any, executor: int, number: int, data: bytes) -> Any:
         uid = str(next(self._numbers))
         handle = self._task_log_tasks[uid] = _Handle(uid)
-        # What `run_order` sends from a worker.
-        _queues[0].put(pickle.dumps((("ended", number, (True, _NONE), _HOST, 0.0),)))
+        # What `run_task` sends from a worker.
+        _queues[0].put(pack_messages(CallEnded(number, True, _NONE, _HOST, 0.0)))
         self._ended.put(uid)
         return handle
 

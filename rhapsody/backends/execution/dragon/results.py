@@ -11,14 +11,7 @@ from rhapsody.runtime import serialization
 from rhapsody.runtime.errors import SerializationError, TaskExecutionError, WorkerLostError
 from rhapsody.runtime.local.children import OUTPUT_LIMIT
 
-from .node.messages import (
-    CallResult,
-    NodeMessage,
-    RankEnded,
-    TaskEnded,
-    TaskResult,
-    unspill,
-)
+from .node.messages import CallEnded, ExecutableEnded, NodeMessage, RankEnded, unspill
 from .task import DragonTask, Outcome
 
 __all__ = ["NodeEvent", "RankOutcome", "TaskOutcome", "job_outcome", "join_rank_files", "read"]
@@ -46,24 +39,27 @@ NodeEvent = NodeMessage | TaskOutcome | RankOutcome
 
 def read(message: NodeMessage) -> NodeEvent:
     """Return a message as the event loop takes it: an end with its result unpickled."""
-    if isinstance(message, TaskEnded):
-        now = time.monotonic()
-        outcome = _outcome(message.result)
-        outcome.fields["started"], outcome.fields["ended"] = now - message.seconds, now
-        return TaskOutcome(message.number, outcome, message.hostname)
     if isinstance(message, RankEnded):
-        return RankOutcome(message.number, message.rank, _outcome(message.result))
-    return message
+        outcome = _outcome(message.returned, message.data)
+        return RankOutcome(message.number, message.rank, outcome)
+    if isinstance(message, CallEnded):
+        outcome = _outcome(message.returned, message.data)
+    elif isinstance(message, ExecutableEnded):
+        outcome = Outcome(message.state, message.fields)
+        if (packed := message.fields.get("exception")) is not None:
+            message.fields["exception"] = serialization.unpack_exception(packed)
+    else:
+        return message
+    now = time.monotonic()
+    outcome.fields["started"], outcome.fields["ended"] = now - message.seconds, now
+    return TaskOutcome(message.number, outcome, message.hostname)
 
 
-def _outcome(result: TaskResult) -> Outcome:
-    if not isinstance(result, CallResult):
-        if (packed := result.fields.get("exception")) is not None:
-            result.fields["exception"] = serialization.unpack_exception(packed)
-        return Outcome(result.state, result.fields)
+def _outcome(returned: bool, packed: bytes | str) -> Outcome:
+    """Return how a function ended, from the fields of a `CallResult`."""
     try:
-        data = unspill(result.data)
-        if result.returned:
+        data = unspill(packed)
+        if returned:
             return Outcome("DONE", {"return_value": serialization.loads(data, "result")})
         return Outcome("FAILED", {"exception": serialization.unpack_exception(data)})
     except (SerializationError, OSError) as error:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 __all__ = [
+    "CallEnded",
     "CallResult",
+    "ExecutableEnded",
     "ExecutableResult",
     "Heartbeat",
     "LeaveRequest",
@@ -25,7 +26,6 @@ __all__ = [
     "RevokeRequest",
     "StopReply",
     "StopRequest",
-    "TaskEnded",
     "TaskMessage",
     "TaskResult",
     "TaskStarted",
@@ -85,21 +85,33 @@ class TaskStarted(NamedTuple):
     hostname: str
 
 
-class TaskEnded(NamedTuple):
-    """A task that ran in a worker has ended."""
+class CallEnded(NamedTuple):
+    """A function that ran in a worker has ended; the fields of a `CallResult` are in it."""
 
     number: int
-    result: TaskResult
+    returned: bool
+    data: bytes | str
     hostname: str
     seconds: float  # for which it ran
 
 
+class ExecutableEnded(NamedTuple):
+    """An executable of a worker has ended; the fields of an `ExecutableResult` are in it."""
+
+    number: int
+    state: str
+    fields: dict[str, Any]
+    hostname: str
+    seconds: float
+
+
 class RankEnded(NamedTuple):
-    """A function has ended in one of its ranks."""
+    """A function has ended in one of its ranks; the fields of a `CallResult` are in it."""
 
     number: int
     rank: int
-    result: TaskResult
+    returned: bool
+    data: bytes | str
 
 
 class WorkerUp(NamedTuple):
@@ -140,7 +152,8 @@ NodeMessage = (
     NodeInfo
     | Heartbeat
     | TaskStarted
-    | TaskEnded
+    | CallEnded
+    | ExecutableEnded
     | RankEnded
     | WorkerUp
     | WorkerLost
@@ -149,16 +162,24 @@ NodeMessage = (
 )
 
 
+_TYPES: tuple[type[NodeMessage], ...] = get_args(NodeMessage)
+_KINDS = {kind: number for number, kind in enumerate(_TYPES)}
+
+
 def pack_messages(*messages: NodeMessage) -> bytes:
-    """Return what is put on the queue to the driver."""
-    return pickle.dumps(messages, pickle.HIGHEST_PROTOCOL)
+    """Return what is put on the queue to the driver.
+
+    Plain tuples are pickled, with the number of the class: a `CallEnded` takes 1.1 µs to pack and
+    1.1 to unpack; as an object 2.1 and 1.4 (Python 3.11, one core of a virtual machine).
+    """
+    plain = [(_KINDS[type(message)], *message) for message in messages]
+    return pickle.dumps(plain, pickle.HIGHEST_PROTOCOL)
 
 
-def unpack_messages(data: object) -> Sequence[NodeMessage]:
+def unpack_messages(data: object) -> list[NodeMessage]:
     """Return the messages of one item of that queue."""
     assert isinstance(data, bytes)
-    messages: Sequence[NodeMessage] = pickle.loads(data)
-    return messages
+    return [_TYPES[kind](*fields) for kind, *fields in pickle.loads(data)]
 
 
 # ---------------------------------------------------------------------- to an agent

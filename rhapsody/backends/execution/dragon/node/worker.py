@@ -27,11 +27,12 @@ from rhapsody.runtime.local.executables import (
 
 from .context import GRACE, NativeQueue, RunContext, node_directory, revoked_path
 from .messages import (
+    CallEnded,
     CallResult,
+    ExecutableEnded,
     ExecutableResult,
     NodeMessage,
     RankEnded,
-    TaskEnded,
     TaskMessage,
     TaskResult,
     TaskStarted,
@@ -101,7 +102,11 @@ class WorkerChannel:
 
     def report_end(self, number: int, result: TaskResult, began: float) -> None:
         """Send how a task ended that `began` at this time of `time.monotonic()`."""
-        self.send(TaskEnded(number, result, self._hostname, time.monotonic() - began))
+        seconds = time.monotonic() - began
+        if isinstance(result, CallResult):
+            self.send(CallEnded(number, *result, self._hostname, seconds))
+        else:
+            self.send(ExecutableEnded(number, *result, self._hostname, seconds))
 
     def send(self, message: NodeMessage) -> None:
         """Send a message to the driver."""
@@ -217,4 +222,4 @@ def run_rank(context: RunContext, number: int, rank: int, call: bytes | str, pat
         with open(call, "rb") as file:
             call = file.read()
     queue.put(pack_messages(TaskStarted(number, socket.gethostname())))
-    queue.put(pack_messages(RankEnded(number, rank, run_call(call, f"{path}.{rank}"))))
+    queue.put(pack_messages(RankEnded(number, rank, *run_call(call, f"{path}.{rank}"))))
