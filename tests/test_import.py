@@ -109,8 +109,9 @@ def test_an_import_writes_and_starts_nothing(tmp_path: Path) -> None:
 
 def test_an_import_takes_little_time() -> None:
     """CPU seconds of `import rhapsody`: those of a process that does it, less one that does not."""
-    bare = min(cpu("pass") for _ in range(5))
-    ours = min(cpu("import rhapsody") for _ in range(5))
+    # The least of ten: other work on the machine can only add to it.
+    bare = min(cpu("pass") for _ in range(10))
+    ours = min(cpu("import rhapsody") for _ in range(10))
     assert ours - bare < 0.15
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, NamedTuple, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast, overload
 
 from rhapsody.backends.constants import NEW
 
@@ -13,11 +13,17 @@ from .validation import Check
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from .task import BaseTask
-
 __all__ = ["FieldNames", "Option", "Result"]
 
 T = TypeVar("T")
+
+
+class Owner(Protocol):
+    """What the descriptors need of the task that they are fields of."""
+
+    state: str
+    _options: dict[str, Any] | None
+    _results: dict[str, Any] | None
 
 
 class Option(Generic[T]):
@@ -43,8 +49,8 @@ class Option(Generic[T]):
     @overload
     def __get__(self, task: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, task: BaseTask, owner: type) -> T: ...
-    def __get__(self, task: BaseTask | None, owner: type) -> T | Self:
+    def __get__(self, task: Owner, owner: type) -> T: ...
+    def __get__(self, task: Owner | None, owner: type) -> T | Self:
         if task is None:
             return self
         options = task._options
@@ -57,12 +63,12 @@ class Option(Generic[T]):
             self.__set__(task, empty)
         return empty
 
-    def __set__(self, task: BaseTask, value: T) -> None:
+    def __set__(self, task: Owner, value: T) -> None:
         if task._options is None:
             task._options = {}
         task._options[self.name] = value
 
-    def peek(self, task: BaseTask) -> T:
+    def peek(self, task: Owner) -> T:
         """Return the value without keeping a list or dict that is made for it."""
         options = task._options
         if options is not None and self.name in options:
@@ -86,15 +92,15 @@ class Result(Generic[T]):
     @overload
     def __get__(self, task: None, owner: type) -> Self: ...
     @overload
-    def __get__(self, task: BaseTask, owner: type) -> T: ...
-    def __get__(self, task: BaseTask | None, owner: type) -> T | Self:
+    def __get__(self, task: Owner, owner: type) -> T: ...
+    def __get__(self, task: Owner | None, owner: type) -> T | Self:
         if task is None:
             return self
         results = task._results
         value = None if results is None else results.get(self.name)
         return self._otherwise(task) if value is None else cast("T", value)
 
-    def __set__(self, task: BaseTask, value: T) -> None:
+    def __set__(self, task: Owner, value: T) -> None:
         if task._results is None:
             task._results = {}
         task._results[self.name] = value
@@ -111,7 +117,7 @@ class FieldNames(NamedTuple):
     holding_tasks: frozenset[str]  # slots and options in which parents are
 
     @classmethod
-    def of(cls, task_class: type[BaseTask]) -> FieldNames:
+    def of(cls, task_class: type) -> FieldNames:
         """Collect the declarations of a class and its bases."""
         bases = [vars(base) for base in reversed(task_class.__mro__)]
 

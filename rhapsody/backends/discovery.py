@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .base import BaseExecutionBackend
 from .descriptors import BUILT_IN
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoint
 
 __all__ = ["BackendRegistry", "discover_backends", "get_backend", "install_hint"]
 
@@ -107,6 +109,9 @@ def _is_importable(module: str) -> bool:
 
 
 def _entry_points() -> dict[str, EntryPoint]:
+    # Here: it takes a tenth of `import rhapsody`, which most scripts need for nothing else.
+    from importlib.metadata import entry_points
+
     return {point.name: point for point in entry_points(group=_GROUP)}
 
 

@@ -1,4 +1,4 @@
-"""The local machine: functions on threads or in processes, executables as child processes."""
+"""The backend of this machine: functions on threads or in processes, executables as children."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import asyncio
 import math
 import os
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
@@ -15,8 +15,8 @@ from rhapsody.backends.options import EXECUTABLE_OPTIONS, check_options
 from rhapsody.runtime.arguments import inputs_of
 from rhapsody.runtime.errors import BackendError, ResourceError
 from rhapsody.runtime.local.calls import Call
-from rhapsody.runtime.local.children import RESOURCE_ERRNOS, Children, Ended, Started
-from rhapsody.runtime.local.executables import ExecutableRun, describe
+from rhapsody.runtime.local.children import Children, Ended, Started
+from rhapsody.runtime.local.executables import ExecutableRun, describe, start_error
 from rhapsody.runtime.local.process_pool import ProcessPool
 from rhapsody.runtime.local.thread_pool import ThreadPool
 from rhapsody.runtime.local.worker_process import WorkerSpec
@@ -24,6 +24,7 @@ from rhapsody.runtime.machine import hardware
 from rhapsody.runtime.machine.mpi import local_mpiexec
 from rhapsody.runtime.machine.slots import Grant, Slots
 from rhapsody.runtime.resources import Resources
+from rhapsody.runtime.task import EventTuple
 
 __all__ = ["ConcurrentExecutionBackend"]
 
@@ -31,11 +32,11 @@ __all__ = ["ConcurrentExecutionBackend"]
 # Executables that wait at the warden, per slot: enough of the shortest ones for the time in which
 # it tells of several ends at once and we answer. Measured with `true` on 2 cores: 3 of them are at
 # times used up, and cost a tenth more; more than 12 change nothing.
-_AHEAD = 12
+_QUEUED_PER_SLOT = 12
 
 
 class _Running:
-    """An executable that runs, or without a grant, that is next in line at the warden."""
+    """An executable that runs, or one without a grant, that is queued at the warden."""
 
     __slots__ = ("grant", "key", "run", "stopped", "task")
 
@@ -44,7 +45,7 @@ class _Running:
         self.task = task
         self.run = run
         self.grant = grant
-        self.stopped: asyncio.Future[bool] | None = None  # set by who wants to know
+        self.stopped: asyncio.Future[bool] | None = None  # whether it was, once asked to
 
 
 class ConcurrentExecutionBackend(BaseExecutionBackend):
@@ -64,7 +65,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
 
     Keys of `task_backend_specific_kwargs`, all for executables: `cwd`; `env`, added over the
     parent's environment, or with `env_replace: True` in its place; `shell: True` runs `executable`
-    as a command line (arguments are quoted and appended); `stdin`, a text or bytes to read, or a
+    as a command line (arguments are quoted and appended); `stdin`, a `str` or `bytes` to read, or a
     `pathlib.Path` to read from.
 
     A task with `Resources` has its cores, GPUs and memory to itself. `Resources(ranks=n)` with
@@ -94,7 +95,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         self._slots = Slots(self._cores, hardware.visible_gpus(), hardware.total_memory(), slots)
         self._queue: deque[Task] = deque()  # tasks that wait for a slot
         self._running: dict[int, _Running] = {}  # executables, by the key of their process
-        self._line: deque[int] = deque()  # keys of those that wait at the warden
+        self._queued: deque[int] = deque()  # keys of those that are queued at the warden
         self._keys: dict[str, int] = {}
         self._grants: dict[str, Grant] = {}  # of function tasks with resources, by uid
 
@@ -123,7 +124,7 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         finally:  # also where the event loop ends meanwhile, and takes this with it
             await self._children.close()
         if self._work_dir is not None and self.is_attached:
-            # A session's folder that nobody has used is litter.
+            # The session made this directory, and no task has written to it.
             _remove_if_empty(self._work_dir)
 
     async def _stop_functions(self) -> None:
@@ -177,19 +178,19 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             self._fill_slots()
 
     def _fill_slots(self) -> None:
-        """Start what waits, in order: a large task is not passed by small ones for ever."""
-        while self._line and (grant := self._slots.acquire(None)) is not None:
-            key = self._line.popleft()
+        """Start what waits, in order, so that small tasks do not starve a large one."""
+        while self._queued and (grant := self._slots.acquire(None)) is not None:
+            key = self._queued.popleft()
             self._running[key].grant = grant
             self._children.start_now(key)
         while self._queue:
             task = self._queue[0]
             need = task.get("resources")
-            if need is not None and self._line:
+            if need is not None and self._queued:
                 return
             grant = self._slots.acquire(need)
             if grant is None and (
-                need is not None or len(self._line) >= _AHEAD * self._slots.total
+                need is not None or len(self._queued) >= _QUEUED_PER_SLOT * self._slots.total
             ):
                 return
             self._queue.popleft()
@@ -200,11 +201,11 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
                 else:
                     self._start_process(task, grant)
             except Exception as error:
-                # Its own trouble, say an argument's __str__ that raises; the others go on.
+                # Of this task alone, such as an argument's __str__ that raises; the others go on.
                 self._grants.pop(task["uid"], None)
                 if grant is not None:
                     self._slots.release(grant)
-                self.deliver(task, "FAILED", exception=_why(error, self.name))
+                self.deliver(task, "FAILED", exception=start_error(error, self.name))
 
     def _start_function(self, task: Task, grant: Grant) -> None:
         call = _call_of(task, grant)
@@ -218,17 +219,17 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
         run = ExecutableRun(describe(task, grant), self.work_dir)
         key = self._children.run(run.launch, queued=grant is None)
         if grant is None:
-            self._line.append(key)
+            self._queued.append(key)
         self._running[key] = _Running(key, task, run, grant)
         self._keys[task["uid"]] = key
 
     # ------------------------------------------------------------------ ends
 
-    def _report(self, events: Any) -> None:
-        """Events of functions, from any thread."""
+    def _report(self, events: Sequence[EventTuple]) -> None:
+        """Deliver events of functions, from any thread."""
         if self._grants and self._loop is not None:
             for task, state, _ in events:
-                # First: when its end is heard of it may be run again, under the same uid.
+                # Before the report: after it, the same uid may be submitted again.
                 if state != "RUNNING" and task["uid"] in self._grants:
                     _on_loop(self._loop, self._release, task["uid"])
         self.deliver_burst(events)
@@ -255,36 +256,36 @@ class ConcurrentExecutionBackend(BaseExecutionBackend):
             burst.append(Event(running.task, state, fields))
             if running.stopped is not None and not running.stopped.done():
                 running.stopped.set_result(state == "CANCELED")
-        self._fill_slots()  # first the next children, then what became of the last
+        self._fill_slots()  # before the report, so that the next children start at once
         self.deliver_burst(burst)
 
     def _outcome(self, run: ExecutableRun, end: Ended) -> tuple[str, dict[str, Any]]:
         try:
             outcome = run.outcome(end, self.name)
-        except (OSError, ValueError) as error:  # its files were tampered with
-            return "FAILED", {"exception": _why(error, self.name)}
+        except (OSError, ValueError) as error:  # the note of its ranks is unreadable
+            return "FAILED", {"exception": start_error(error, self.name)}
         return outcome.state, outcome.fields()
 
     def _pass_on(self, end: Ended, grant: Grant | None) -> None:
-        """Give what an ended process held to the one that was started in its place."""
-        if grant is None:  # it ended in the line
-            if end.key in self._line:
-                self._line.remove(end.key)
+        """Give the grant of an ended process to the one that was started in its place."""
+        if grant is None:  # it ended while it was queued
+            if end.key in self._queued:
+                self._queued.remove(end.key)
             return
         successor = None if end.successor is None else self._running.get(end.successor)
         if successor is None or successor.grant is not None:
             self._slots.release(grant)
         else:
             successor.grant = grant
-            self._line.remove(successor.key)
+            self._queued.remove(successor.key)
 
     # ------------------------------------------------------------------ cancel
 
     async def _cancel(self, task: Task) -> bool:
         uid = task["uid"]
-        for place, waiting in enumerate(self._queue):
+        for index, waiting in enumerate(self._queue):
             if waiting is task:
-                del self._queue[place]
+                del self._queue[index]
                 self.deliver(task, "CANCELED")
                 self._fill_slots()
                 return True
@@ -310,11 +311,11 @@ def _check_arguments(name: Any, executor: Any, slots: Any, grace: Any) -> None:
         return isinstance(value, kinds) and not isinstance(value, bool)
 
     if not isinstance(name, str) or not name:
-        fault = f"name must be a text, not {name!r}"
+        fault = f"name must be a str that is not empty, not {name!r}"
     elif executor is not None and not isinstance(executor, Executor):
         fault = f"executor must be a concurrent.futures.Executor, not {executor!r}"
     elif slots is not None and not (is_number(slots, int) and slots > 0):
-        fault = f"slots must be a whole number of at least 1, not {slots!r}"
+        fault = f"slots must be an int of at least 1, not {slots!r}"
     elif not (is_number(grace, int, float) and 0 <= grace < math.inf):
         fault = f"grace must be seconds, 0 or more, not {grace!r}"
     else:
@@ -334,15 +335,15 @@ def _read_pool(pool: ProcessPoolExecutor) -> tuple[int, WorkerSpec]:
 
 
 def _width_of(executor: Executor, default: int) -> int:
-    """How many jobs an executor runs at once; no public way either."""
+    """Return how many jobs an executor runs at once; there is no public way either."""
     width = getattr(executor, "_max_workers", default)
     return width if isinstance(width, int) and width > 0 else default
 
 
-def _on_loop(loop: asyncio.AbstractEventLoop, function: Any, *args: Any) -> None:
+def _on_loop(loop: asyncio.AbstractEventLoop, function: Callable[[str], None], uid: str) -> None:
     try:
-        loop.call_soon_threadsafe(function, *args)
-    except RuntimeError:  # the loop is closed: nobody is left to whom it matters
+        loop.call_soon_threadsafe(function, uid)
+    except RuntimeError:  # the loop is closed, and the backend with it
         return
 
 
@@ -357,21 +358,8 @@ def _call_of(task: Task, grant: Grant | None = None) -> Call:
     return Call(task, uid, function, args, kwargs, grant.cores, {**(need.env or {}), **grant.env})
 
 
-def _why(error: Exception, name: str) -> Exception:
-    """What a task that could not be run fails with: what is not the machine's is as it was."""
-    if isinstance(error, BackendError):
-        error.backend = name
-    if not isinstance(error, OSError):
-        return error
-    wrapped = BackendError(
-        f"cannot run the task: {error}", backend=name, transient=error.errno in RESOURCE_ERRNOS
-    )
-    wrapped.__cause__ = error
-    return wrapped
-
-
 def _remove_if_empty(folder: str) -> None:
     try:
         os.rmdir(folder)
-    except OSError:  # it is in use, or was never made
+    except OSError:  # it is not empty, or was never made
         return

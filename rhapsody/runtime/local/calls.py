@@ -66,7 +66,10 @@ def call_function(
     undo = _set_up(cores, env) if cores or env else None
     try:
         value = function(*args, **kwargs)
-        if _is_coroutine(value):
+        # Not asyncio's own test: before Python 3.12 it takes a generator for a coroutine.
+        if type(value) is CoroutineType or (
+            hasattr(value, "send") and isinstance(value, Coroutine)
+        ):
             value = asyncio.run(value if watch is None else watch(value))
         return value
     finally:
@@ -84,11 +87,6 @@ def strip_frames(error: BaseException) -> None:
         trace = trace.tb_next
     found = trace or first
     error.__traceback__ = None if found is None else found.tb_next
-
-
-def _is_coroutine(value: Any) -> bool:
-    # Not asyncio's own test: before Python 3.12 it takes a generator for one.
-    return type(value) is CoroutineType or (hasattr(value, "send") and isinstance(value, Coroutine))
 
 
 def _set_up(cores: Sequence[int], env: Mapping[str, str] | None) -> contextlib.ExitStack:

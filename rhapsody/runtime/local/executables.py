@@ -21,9 +21,16 @@ from rhapsody.runtime.machine.mpi import LOCAL_MPI, local_mpiexec, rank_command,
 from rhapsody.runtime.machine.slots import Grant
 from rhapsody.runtime.task import Task
 
-from .children import Children, Ended, Launch, Started
+from .children import RESOURCE_ERRNOS, Children, Ended, Launch, Started
 
-__all__ = ["Executable", "ExecutableRun", "ExecutableRunner", "Outcome", "describe"]
+__all__ = [
+    "Executable",
+    "ExecutableRun",
+    "ExecutableRunner",
+    "Outcome",
+    "describe",
+    "start_error",
+]
 
 EndState = Literal["DONE", "FAILED", "CANCELED"]
 
@@ -188,6 +195,19 @@ class ExecutableRun:
             if end.refused is not None:
                 error.__cause__ = OSError(end.refused, end.stderr)
         return Outcome(state, code, out, err, out_file, err_file, end.started, end.ended, error)
+
+
+def start_error(error: Exception, backend: str) -> Exception:
+    """Return the error of a task that could not be run: the system's as a BackendError."""
+    if isinstance(error, BackendError):
+        error.backend = backend
+    if not isinstance(error, OSError):
+        return error
+    wrapped = BackendError(
+        f"cannot run the task: {error}", backend=backend, transient=error.errno in RESOURCE_ERRNOS
+    )
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _tail(path: str) -> str:

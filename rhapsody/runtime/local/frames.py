@@ -71,7 +71,7 @@ class FrameBuffer:
 
 
 class Frame(NamedTuple):
-    """What one side tells the other."""
+    """A message; of a result also when its call began and ended, by `time.monotonic()`."""
 
     kind: bytes  # one letter
     data: bytearray
@@ -89,7 +89,7 @@ class FrameSocket:
     def send(
         self, kind: bytes, data: bytes = b"", started: float = 0.0, ended: float = 0.0
     ) -> None:
-        """Send a frame; raises OSError when the other side has gone."""
+        """Send a frame; raises OSError when the other side has closed or died."""
         header = _HEADER.pack(len(data), kind, started, ended)
         if len(data) < _READ:
             self.sock.sendall(header + data)
@@ -98,10 +98,10 @@ class FrameSocket:
             self.sock.sendall(data)
 
     def receive(self) -> Frame | None:
-        """Return the next frame, or None when the other side has gone, in mid-frame too."""
+        """Return the next frame; None at the end of the stream, within a frame too."""
         try:
             while missing := self._inbox.missing():
-                if missing > _READ:  # a large one goes straight to its place
+                if missing > _READ:  # a large one is read into its own buffer
                     frame, have = self._inbox.take_part()
                     return _frame(frame) if self._fill(frame.data, have) else None
                 more = self.sock.recv(_READ)

@@ -29,6 +29,25 @@ class _RunningCoroutine(NamedTuple):
     task: asyncio.Task[Any]
 
 
+class _Watcher:
+    """Registers the coroutines of one runner; made once, not for each call."""
+
+    __slots__ = ("_coroutines", "uid")
+
+    def __init__(self, coroutines: dict[str, _RunningCoroutine]) -> None:
+        self._coroutines = coroutines
+        self.uid = ""  # of the call that runs
+
+    async def watch(self, coroutine: Coroutine[Any, Any, Any]) -> Any:
+        task = asyncio.current_task()
+        assert task is not None
+        self._coroutines[self.uid] = _RunningCoroutine(asyncio.get_running_loop(), task)
+        try:
+            return await coroutine
+        finally:
+            del self._coroutines[self.uid]
+
+
 class ThreadPool:
     """Runs calls on the threads of an executor.
 
@@ -123,6 +142,7 @@ class ThreadPool:
     def _run_queue(self) -> None:
         until = time.monotonic() + _TURN
         report = self._report
+        watcher = _Watcher(self._coroutines)
         last: EventTuple | None = None
         while True:
             try:
@@ -140,7 +160,7 @@ class ThreadPool:
             report((last, started) if last is not None else (started,))
             if self._cancels and last is not None:
                 self._answer_cancel(last)
-            last = self._run(call)
+            last = self._run(call, watcher)
             if last[2] is not None and last[2]["ended"] > until and self._queue:
                 report((last,))
                 self._answer_cancel(last)
@@ -172,32 +192,19 @@ class ThreadPool:
         except RuntimeError:  # the loop is closed, and nobody waits any more
             return
 
-    def _run(self, call: Call) -> EventTuple:
-        uid, task = call.uid, call.task
+    def _run(self, call: Call, watcher: _Watcher) -> EventTuple:
+        uid = watcher.uid = call.uid
         began = time.monotonic()
         try:
             value = call_function(
-                call.function,
-                call.args,
-                call.kwargs,
-                call.cores,
-                watch=lambda coroutine: self._watch(uid, coroutine),
+                call.function, call.args, call.kwargs, call.cores, None, watcher.watch
             )
         except BaseException as error:
             # SystemExit too: it is the function that ends, not the thread of the executor.
             times = {"started": began, "ended": time.monotonic()}
             if isinstance(error, asyncio.CancelledError) and uid in self._canceled:
-                return task, "CANCELED", times
+                return call.task, "CANCELED", times
             strip_frames(error)
-            return task, "FAILED", {"exception": error, **times}
+            return call.task, "FAILED", {"exception": error, **times}
         ended = time.monotonic()
-        return task, "DONE", {"return_value": value, "started": began, "ended": ended}
-
-    async def _watch(self, uid: str, coroutine: Coroutine[Any, Any, Any]) -> Any:
-        task = asyncio.current_task()
-        assert task is not None
-        self._coroutines[uid] = _RunningCoroutine(asyncio.get_running_loop(), task)
-        try:
-            return await coroutine
-        finally:
-            del self._coroutines[uid]
+        return call.task, "DONE", {"return_value": value, "started": began, "ended": ended}

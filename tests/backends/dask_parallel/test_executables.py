@@ -46,6 +46,35 @@ def test_executables(run: Any, tmp_path: Path) -> None:
     run(scenario)
 
 
+def printed() -> bytes:
+    return b"octets"
+
+
+def test_executables_are_run_as_on_the_local_backend(run: Any, tmp_path: Path) -> None:
+    """A bytes argument, a relative stdin, a captured failure, a path as a shell command."""
+    (tmp_path / "input").write_text("from the file")
+
+    async def scenario(session: Session, _: Any) -> None:
+        parent = ComputeTask(function=printed)
+        _, octets, reads, fails, shell = await ended(
+            session,
+            parent,
+            ComputeTask(executable="echo", arguments=[parent]),
+            ComputeTask(executable="cat", **options(stdin=Path("input"), cwd=tmp_path)),
+            ComputeTask(
+                executable="sh", arguments=["-c", "echo oh >&2; exit 3"], capture_stdio=True
+            ),
+            ComputeTask(executable=Path("/bin/echo"), arguments=["hi"], **options(shell=True)),
+        )
+        assert octets.stdout == "octets\n"
+        assert reads.stdout == "from the file"
+        assert isinstance(fails.exception, TaskExecutionError)
+        assert fails.exception.stderr == "oh\n"
+        assert shell.stdout == "hi\n"
+
+    run(scenario)
+
+
 def test_an_executable_does_not_see_the_shell(run: Any) -> None:
     async def scenario(session: Session, _: Any) -> None:
         (task,) = await ended(session, ComputeTask(executable="echo", arguments=["$HOME; `id`"]))

@@ -1,8 +1,8 @@
 """Tasks on Dragon, on one node or several: functions and executables in its workers, MPI jobs.
 
-The work is shared with modules beside this one: `_dragon_runtime` finds or starts the runtime,
-`_dragon_plan` checks tasks and makes orders of them, `_dragon_crew` holds the Batches and the
-threads that wait for Dragon, `_dragon_ends` reads what they hear, `_dragon_node` is what runs on
+The work is shared with modules beside this one: `runtime` finds or starts the runtime,
+`task` checks tasks and makes orders of them, `batch` holds the Batches and the
+threads that wait for Dragon, `results` reads what they hear, `node.worker` is what runs on
 the nodes. This one is on the event loop, and decides what becomes of a task: one life cycle with
 all its ends, which is why it is longer than others.
 """

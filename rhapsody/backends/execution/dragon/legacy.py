@@ -1,7 +1,7 @@
 """The Dragon backends of earlier releases: V1 starts processes per task, V2 has a pool of workers.
 
-Both are V3 with another crew in the place of Batch: see `_dragon_crews` for how tasks get to the
-nodes, and `_dragon_worker` for what is there. What is here is their settings and checks, and how
+Both are V3 with another crew in the place of Batch: see `worker_pool` for how tasks get to the
+nodes, and `node.pool_worker` for what is there. What is here is their settings and checks, and how
 a task is stopped: an agent on its node does that, and says when nothing of it is left there.
 """
 

@@ -184,7 +184,7 @@ class Planner:
             flight.pmi = options.get("pmi", "pmix" if flight.ranks() > 1 else None)
         else:
             program = None if call is not None else _program(task, options, need, self._cwd)
-            # An TaskMessage, as it is unpickled there; to make one here takes longer than to pickle it.
+            # A TaskMessage once unpickled there; making one here takes longer than pickling it.
             flight.data = pickle.dumps((self._work_dir(), call, program), pickle.HIGHEST_PROTOCOL)
         return flight
 

@@ -1,6 +1,6 @@
 """The crews of V1 and V2, which take the place of Batch: processes of a task's own, and a pool.
 
-As in `_dragon_crew`, nothing of Dragon's is called on the event loop's thread. Each crew has one
+As in `batch`, nothing of Dragon's is called on the event loop's thread. Each crew has one
 thread that calls Dragon's global services, which in 0.15.0 lose an answer now and then where
 several threads wait for one.
 """
@@ -127,6 +127,7 @@ class ProcessGroupExecutor(BatchExecutor):
         self._thread.start(self._run)
 
     def submit(self, flights: list[DragonTask]) -> None:
+        """Queue tasks for the thread."""
         with self._thread.changed:
             self._waiting += flights
             self._thread.changed.notify_all()
@@ -147,6 +148,7 @@ class ProcessGroupExecutor(BatchExecutor):
             self._leave(gang)
 
     def abandon(self) -> None:
+        """Let the thread end, and ask Dragon nothing more: the runtime is broken."""
         self._thread.let_go()
 
     def _run(self) -> None:
@@ -368,11 +370,13 @@ class WorkerPool(BatchExecutor):
         self._thread.start(self._run)
 
     def submit(self, flights: list[DragonTask]) -> None:
+        """Queue tasks for the thread."""
         with self._thread.changed:
             self._waiting += flights
             self._thread.changed.notify_all()
 
     def withdraw(self, flight: DragonTask) -> bool:
+        """Take a task back; False where a worker may have it already."""
         with self._thread.changed:
             if flight.number in self._out:
                 return False
@@ -423,6 +427,7 @@ class WorkerPool(BatchExecutor):
             node.queue.destroy()
 
     def abandon(self) -> None:
+        """Let the thread end, and ask Dragon nothing more: the runtime is broken."""
         self._thread.let_go()
 
     # ------------------------------------------------------------------ the crew's thread

@@ -16,6 +16,7 @@ if not __package__:  # started as a directory: let the package's relative import
     sys.path[:1] = []
     sys.path.append(os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..")))
     __package__ = "local.warden"
+    __spec__ = None  # it says that there is no package, and Python 3.12 warns where the two differ
 
 from .process_tree import become_subreaper
 from .server import Server

@@ -1,9 +1,9 @@
 """What of the Dragon backends runs on the nodes: orders in, news out, and an agent on each.
 
 A worker of Dragon's runs a function on its own thread, as one of Dragon's, so that the function
-can use what Dragon offers; an executable runs under the local backend in that worker. What the
-worker runs it notes in a file of the node, where the agent sees it: so the agent tells what has
-begun, and which task a worker has taken down with it.
+can use what Dragon offers; an executable runs as a child of that worker. What the worker runs it
+notes in a file of the node, where the agent sees it: so the agent tells what has begun, and which
+task a worker has taken down with it.
 
 News are bytes on a native queue: a pickled list of tuples, the word first.
 """
@@ -24,13 +24,20 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
+from concurrent.futures import Future, wait
 from typing import Any, NamedTuple
 
 from rhapsody.launch.dragon.pmix import can_load_pmix
 from rhapsody.runtime import serialization
 from rhapsody.runtime.local.calls import call_function, strip_frames
+from rhapsody.runtime.local.executables import (
+    ExecutableRun,
+    ExecutableRunner,
+    Outcome,
+    describe,
+    start_error,
+)
 from rhapsody.runtime.machine.hardware import granted_cores
 
 __all__ = ["GroupJoinPatch", "RunContext", "TaskMessage", "agent", "run_order", "run_rank"]
@@ -57,7 +64,7 @@ class RunContext(NamedTuple):
 
 
 class TaskMessage(NamedTuple):
-    """A task as it travels: a pickled call, or an executable for the local backend there."""
+    """A task as it travels: a pickled call, or an executable as a plain dict."""
 
     folder: str  # for output files and large results
     call: bytes | None = None
@@ -169,47 +176,64 @@ def run_call(call: bytes, path: str) -> tuple[bool, bytes | str]:
 
 
 class _Local:
-    """The local backend in a worker of Dragon's, on an event loop of its own."""
+    """Runs executables, one at a time, as children of this process.
+
+    On an event loop of its own, so that this worker's thread hears when Dragon cancels the task.
+    """
 
     def __init__(self) -> None:
-        from rhapsody.backends.execution.concurrent import ConcurrentExecutionBackend
-
-        self.folder = os.getcwd()
-        self.end: Future[tuple[str, dict[str, Any]]] = Future()
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True, name="rhapsody-local").start()
-        self.backend = ConcurrentExecutionBackend(name="dragon", slots=1, grace=GRACE)
-        self.backend.attach("dragon", self._hear, lambda: self.folder)
+        self._loop = asyncio.new_event_loop()
+        self._runner: ExecutableRunner | None = None
+        self._key: int | None = None  # of the run
+        threading.Thread(target=self._loop.run_forever, daemon=True, name="rhapsody-local").start()
 
     def run(self, order: TaskMessage) -> tuple[str, dict[str, Any]]:
         """Run an executable to its end, and return its state and its fields."""
-        self.end = Future()
-        self.folder = order.folder
-        task = {**(order.program or {})}
-        submit = asyncio.run_coroutine_threadsafe(self.backend.submit_tasks([task]), self.loop)
+        ended: Future[Outcome] = Future()
+        self._loop.call_soon_threadsafe(self._start, order, ended)
         try:
-            submit.result()
-            while True:
-                with contextlib.suppress(TimeoutError):
-                    state, fields = self.end.result(_LISTEN)
-                    break
+            while not wait([ended], _LISTEN).done:
+                pass
         except BaseException:
-            # It is cancelled. First the child ends, then that is true.
-            submit.exception()  # wait for it, if it was interrupted
-            stop = self.backend.cancel_task(task["uid"])
-            asyncio.run_coroutine_threadsafe(stop, self.loop).result()
+            # It is cancelled, which is true only when the child has ended.
+            self._loop.call_soon_threadsafe(self._kill)
+            wait([ended])
             raise
-        if (error := fields.get("exception")) is not None:
-            fields["exception"] = serialization.pack_exception(error)
+        error = ended.exception()
+        if isinstance(error, Exception):
+            packed = serialization.pack_exception(start_error(error, "dragon"))
+            return "FAILED", {"exception": packed}
+        outcome = ended.result()
+        fields = outcome.fields()
+        if outcome.error is not None:
+            fields["exception"] = serialization.pack_exception(outcome.error)
         for name in ("started", "ended"):  # of this machine's clock
-            fields.pop(name, None)
-        return state, fields
+            del fields[name]
+        return outcome.state, fields
 
-    def _hear(self, burst: Sequence[tuple[Any, str, Any]]) -> None:
-        self.backend._work_dir = None  # the next task may be another session's
-        for _, state, fields in burst:
-            if state != "RUNNING" and not self.end.done():
-                self.end.set_result((state, dict(fields or {})))
+    def _start(self, order: TaskMessage, ended: Future[Outcome]) -> None:
+        assert order.program is not None
+        self._key = None
+        try:
+            if self._runner is None:
+                self._runner = ExecutableRunner("dragon")
+            run = ExecutableRun(describe(order.program), order.folder)
+            self._key, outcome = self._runner.start(run)
+        except Exception as error:  # the task's own, such as a directory that is not there
+            ended.set_exception(error)
+            return
+
+        def copy(outcome: asyncio.Future[Outcome]) -> None:
+            if (error := outcome.exception()) is not None:
+                ended.set_exception(error)
+            else:
+                ended.set_result(outcome.result())
+
+        outcome.add_done_callback(copy)
+
+    def _kill(self) -> None:
+        if self._runner is not None and self._key is not None:
+            self._runner.kill(self._key, GRACE)
 
 
 def run_rank(site: RunContext, number: int, rank: int, call: bytes | str, path: str) -> None:
