@@ -86,7 +86,7 @@ class Stream:
             self._write(bytes(self._data))
 
     def _write(self, data: bytes) -> None:
-        # The child must not block for our trouble: on an error we go on reading, and report it.
+        # On an error we read on, and report it at the end: the child must not block for it.
         view = memoryview(data)
         while view and self.error is None and self._file is not None:
             try:

@@ -85,9 +85,8 @@ class Server:
         if timeout is not None and not _IS_LINUX:
             timeout *= 1000
         ready = [fd for fd, _ in self._poll.poll(timeout)]
-        if (
-            self._wake_up in ready
-        ):  # first: each end frees a slot, and the output that is left waits
+        # First the ends: each frees a slot, and output can wait.
+        if self._wake_up in ready:
             os.read(self._wake_up, 4096)
             self._reap()
         for fd in ready:
