@@ -74,6 +74,14 @@ def _reset_signals() -> None:
             signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to answer
+    # When the driver dies, our group is orphaned, and where a member of it is stopped by then the
+    # kernel sends it SIGHUP (setpgid(2)). It would end us before we have ended what we stopped.
+    # A handler, because what functions start would inherit it if it were ignored.
+    signal.signal(signal.SIGHUP, _stay)
+
+
+def _stay(number: int, frame: object) -> None:
+    """Do nothing: the end of the connection says when the driver has died."""
 
 
 class _Worker:
