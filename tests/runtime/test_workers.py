@@ -89,6 +89,27 @@ async def test_functions_run_in_processes(context: str) -> None:
     assert at.return_value != os.getpid()
 
 
+def hang_up() -> tuple[int, str]:
+    """SIGHUP to ourselves; returns our pid, and what a child does about one."""
+    os.kill(os.getpid(), signal.SIGHUP)
+    script = "import signal; print(signal.getsignal(signal.SIGHUP).name)"
+    child = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True)
+    return os.getpid(), child.stdout.decode().strip()
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+async def test_a_worker_outlives_a_hangup_and_its_children_do_not(context: str) -> None:
+    """The kernel sends one when the driver dies, and the worker has its children to end yet."""
+    async with Session([await process_pool(1, context)]) as session:
+        first = ComputeTask(function=hang_up)
+        then = ComputeTask(function=os.getpid)
+        await session.submit_tasks([first])
+        await first
+        await session.submit_tasks([then])
+        await then
+    assert first.return_value == (then.return_value, "SIG_DFL")
+
+
 @pytest.mark.parametrize("context", CONTEXTS)
 async def test_a_hundred_megabytes_each_way(context: str) -> None:
     data = bytes(range(250)) * 400_000
