@@ -147,8 +147,11 @@ def test_the_walltime_ends_under_running_tasks(
         await until(lambda: task.state == "RUNNING")
         pid = int(pid_file.read_text())
         await session.wait_tasks([task, waiting], timeout=200)
-        for lost in (task, waiting):
-            assert isinstance(lost.exception, BackendError)
+        # A worker that closes still begins what waits on it, once the place is free (distributed
+        # 2026.8): what is short may run there to its end, and its result may arrive.
+        assert waiting.state == "FAILED" or waiting.return_value[0]
+        for lost in [task, *([waiting] if waiting.state == "FAILED" else [])]:
+            assert isinstance(lost.exception, BackendError), lost.exception
             assert lost.exception.transient
             assert "no worker" in str(lost.exception)
         await until(lambda: not Path(f"/proc/{pid}").exists(), 10)
